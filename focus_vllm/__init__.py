@@ -1,0 +1,3 @@
+"""Focus attention for vLLM: learned token groups make long context cheap."""
+
+__version__ = "0.1.0"
