@@ -1,0 +1,186 @@
+"""Put routers on a loaded vLLM model: find each attention layer's QKV projection and hook it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+
+from focus_vllm.engine.settings import FocusSettings, FocusUnsupportedError
+from focus_vllm.engine.state import AttentionCounts, FocusState, LayerFocus
+from focus_vllm.routing import mask_dtype, route
+
+
+@torch.library.custom_op("focus::route", mutates_args=("key_groups", "query_groups"))
+def route_op(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    key_groups: torch.Tensor,
+    query_groups: torch.Tensor,
+    key_k: int,
+    top_k: int,
+) -> None:
+    """`routing.route` of `hidden` `[num_tokens, hidden_size]` into the first rows of two buffers."""
+    num_tokens = len(hidden)
+    key_groups[:num_tokens], query_groups[:num_tokens] = route(hidden, weight, bias, key_k, top_k)
+
+
+@route_op.register_kernel("cuda")
+def _route_cuda(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    key_groups: torch.Tensor,
+    query_groups: torch.Tensor,
+    key_k: int,
+    top_k: int,
+) -> None:
+    from focus_vllm.kernels.routing import route_into
+
+    route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
+
+
+@route_op.register_fake
+def _route_fake(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    key_groups: torch.Tensor,
+    query_groups: torch.Tensor,
+    key_k: int,
+    top_k: int,
+) -> None:
+    return None
+
+
+def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -> FocusState:
+    """Route every layer that the adapter has, and leave the rest to vLLM.
+
+    Args:
+        model: A model just loaded with the Focus backend selected, before it is compiled.
+        vllm_config: Its configuration.
+        settings: What to serve.
+
+    Returns:
+        The state, also held as `model.focus`.
+
+    Raises:
+        FocusUnsupportedError: A layer of the adapter cannot be routed; every reason is listed.
+    """
+    config, routers = settings.config, settings.adapter.layers
+    attentions = {
+        extract_layer_index(name): module
+        for name, module in vllm_config.compilation_config.static_forward_context.items()
+        if isinstance(module, Attention)
+    }
+    routed = sorted(set(routers) - set(config.dense_layers))
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        routed = [index for index in routed if index in attentions]
+    projections, reasons = _find_projections(model, attentions, routed)
+    reasons += [
+        f"layer {index} is full attention but neither routed by the adapter nor in dense_layers"
+        for index, module in sorted(attentions.items())
+        if index not in routers and index not in config.dense_layers and not _unroutable(module)
+    ]
+    if reasons:
+        raise FocusUnsupportedError(reasons)
+    counts = AttentionCounts()
+    key_groups, query_groups = _group_buffers(model, vllm_config, config.num_groups)
+    layers = {}
+    for index in routed:
+        weight, bias = (part.to(key_groups.device) for part in routers[index].fold(config.temperature))
+        layers[index] = LayerFocus(config, weight, bias, key_groups, query_groups, counts)
+        attentions[index].impl.focus = layers[index]
+        _hook(projections[index], layers[index])
+    state = FocusState(
+        adapter=str(settings.path),
+        sha256=settings.sha256,
+        base_model=settings.adapter.base_model.name,
+        config=config,
+        layers=layers,
+        dense_layers=sorted(set(attentions) - set(layers)),
+        counts=counts,
+    )
+    model.focus = state  # type: ignore[assignment]
+    return state
+
+
+def _unroutable(attention: Attention) -> list[str]:
+    """Return why an attention layer is left to vLLM; empty if Focus can route it."""
+    impl = attention.impl
+    checks = [
+        (attention.attn_type != AttentionType.DECODER, f"its type is {attention.attn_type}, not decoder"),
+        (attention.sliding_window is not None, f"it has a sliding window of {attention.sliding_window}"),
+        (attention.kv_sharing_target_layer_name is not None, "it shares another layer's KV cache"),
+        (attention.has_sink, "it has learned attention sinks"),
+        (getattr(impl, "alibi_slopes", None) is not None, "it uses ALiBi"),
+        (not hasattr(impl, "focus"), f"its backend is {type(impl).__name__}, not Focus's"),
+    ]
+    return [reason for unroutable, reason in checks if unroutable]
+
+
+def _find_projections(
+    model: nn.Module, attentions: dict[int, Attention], routed: list[int]
+) -> tuple[dict[int, nn.Module], list[str]]:
+    projections, reasons = {}, []
+    for index in routed:
+        if index not in attentions:
+            reasons.append(
+                f"the adapter routes layer {index}, the model has attention layers {sorted(attentions)}"
+            )
+        elif problems := _unroutable(attentions[index]):
+            reasons.append(f"layer {index} cannot be routed: {', '.join(problems)}")
+        elif projection := _find_projection(model, index, attentions[index]):
+            projections[index] = projection
+        else:
+            reasons.append(
+                f"layer {index} has no QKV projection that could be found; the model has "
+                f"{sorted({type(module).__name__ for module in model.modules() if isinstance(module, LinearBase)})}"
+            )
+    return projections, reasons
+
+
+def _find_projection(model: nn.Module, index: int, attention: Attention) -> nn.Module | None:
+    """Return the linear layer whose input is the hidden state that enters an attention layer.
+
+    It is a sibling of the attention layer; in vLLM's Transformers backend, where attention layers are not
+    part of the module tree, a child of the module with that `layer_idx`. It is the fused QKV projection,
+    or else the first projection that is not the output's.
+    """
+    for parent in model.modules():
+        children = list(parent.children())
+        if attention in children or getattr(parent, "layer_idx", None) == index:
+            linear = [child for child in children if isinstance(child, LinearBase)]
+            fused = [child for child in linear if isinstance(child, QKVParallelLinear)]
+            inputs = [child for child in linear if not isinstance(child, RowParallelLinear)]
+            if fused or inputs:
+                return (fused or inputs)[0]
+    return None
+
+
+def _group_buffers(
+    model: nn.Module, vllm_config: VllmConfig, num_groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size = vllm_config.scheduler_config.max_num_batched_tokens
+    device = next(model.parameters()).device
+    dtype = mask_dtype(num_groups)
+    return torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+
+
+def _hook(projection: nn.Module, layer: LayerFocus) -> None:
+    key_k, top_k = layer.config.key_k, layer.config.top_k
+
+    def route_tokens(_: nn.Module, args: tuple[Any, ...]) -> None:
+        hidden = args[0].flatten(0, -2)  # vLLM's Transformers backend has a batch dimension of 1
+        torch.ops.focus.route(
+            hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k
+        )
+
+    projection.register_forward_pre_hook(route_tokens)

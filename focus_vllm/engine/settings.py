@@ -1,0 +1,90 @@
+"""Focus's part of vLLM's configuration, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from focus_vllm.adapter import Adapter, BaseModel, load_adapter
+from focus_vllm.config import FocusConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OVERRIDES = {"key_k", "top_k", "window", "sink", "dense_below", "dense_layers"}
+
+
+class FocusUnsupportedError(RuntimeError):
+    """Focus cannot serve this configuration; `reasons` lists every one found."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = reasons
+        super().__init__("Focus cannot serve this configuration: " + "; ".join(reasons))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FocusSettings:
+    """`--additional-config '{"focus": {...}}'`, checked."""
+
+    path: Path
+    sha256: str
+    adapter: Adapter
+    config: FocusConfig
+    """The adapter's configuration with the user's overrides."""
+
+
+def read_settings(vllm_config: VllmConfig) -> FocusSettings | None:
+    """Return the Focus settings of an engine, or None if it has none.
+
+    Raises:
+        FocusUnsupportedError: A setting, or vLLM's configuration, does not allow Focus.
+        AdapterError: The adapter file is not usable.
+        FileNotFoundError: There is no adapter file.
+    """
+    extra = vllm_config.additional_config
+    if not isinstance(extra, dict) or extra.get("focus") is None:
+        return None
+    values = extra["focus"]
+    if not isinstance(values, dict) or not isinstance(values.get("adapter"), str):
+        raise FocusUnsupportedError(
+            [f'additional_config["focus"] is {values!r}, expected {{"adapter": "FILE.safetensors"}}']
+        )
+    path = Path(values["adapter"])
+    adapter = load_adapter(path)
+    overrides = {key: value for key, value in values.items() if key not in ("adapter", "sha256")}
+    if unknown := sorted(set(overrides) - OVERRIDES):
+        raise FocusUnsupportedError(
+            [f"unknown Focus setting {unknown}; besides 'adapter' there are {sorted(OVERRIDES)}"]
+        )
+    config = FocusConfig.from_dict({**adapter.config.to_dict(), **overrides})
+    if reasons := _refusals(vllm_config, adapter):
+        raise FocusUnsupportedError(reasons)
+    return FocusSettings(path, hashlib.sha256(path.read_bytes()).hexdigest(), adapter, config)
+
+
+def _refusals(vllm_config: VllmConfig, adapter: Adapter) -> list[str]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    served = BaseModel.from_config(model.model, model.hf_config)
+    reasons = adapter.base_model.mismatches(served)
+    checks: list[tuple[Any, str]] = [
+        (model.use_mla, "the model uses multi-head latent attention (MLA)"),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "a KV connector is configured: blocks would move without their groups; remove --kv-transfer-config",
+        ),
+        (vllm_config.lora_config is not None, "LoRA is enabled: remove --enable-lora"),
+        (
+            parallel.decode_context_parallel_size > 1,
+            f"decode_context_parallel_size is {parallel.decode_context_parallel_size}, it must be 1",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            f"prefill_context_parallel_size is {parallel.prefill_context_parallel_size}, it must be 1",
+        ),
+    ]
+    if vllm_config.device_config.device_type == "cpu":
+        dtype = vllm_config.cache_config.cache_dtype
+        checks.append((dtype.startswith("fp8"), f"kv_cache_dtype {dtype!r} on the CPU: use 'auto'"))
+    return reasons + [reason for unsupported, reason in checks if unsupported]

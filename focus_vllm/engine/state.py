@@ -1,0 +1,63 @@
+"""What the engine keeps for Focus besides the KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from focus_vllm.config import FocusConfig
+
+
+@dataclasses.dataclass(slots=True)
+class AttentionCounts:
+    """(query, key) pairs, summed over routed layers and queries, since the engine started."""
+
+    candidate_tokens: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"prefill": 0, "decode": 0}
+    )
+    """Pairs that dense attention reads."""
+    selected_tokens: dict[str, int] = dataclasses.field(
+        default_factory=lambda: {"prefill": 0, "decode": 0}
+    )
+    """Pairs that Focus read."""
+
+    def add(self, phase: str, candidate: int, selected: int) -> None:
+        """Count one layer's work on some queries; `phase` is "prefill" or "decode"."""
+        self.candidate_tokens[phase] += candidate
+        self.selected_tokens[phase] += selected
+
+
+@dataclasses.dataclass(slots=True)
+class LayerFocus:
+    """One routed layer; the attention implementation of that layer holds it as `impl.focus`."""
+
+    config: FocusConfig
+    weight: torch.Tensor
+    """`[num_groups, hidden_size]`, float32, from `Router.fold`."""
+    bias: torch.Tensor
+    """`[num_groups]`, float32."""
+    key_groups: torch.Tensor
+    """`[max_num_batched_tokens]`: G of this step's tokens; one buffer for all layers, written by routing."""
+    query_groups: torch.Tensor
+    """`[max_num_batched_tokens]`: Q of this step's tokens."""
+    counts: AttentionCounts
+    """One object for all layers."""
+    store: torch.Tensor | None = None
+    """`[num_slots]`: G of every cached token, at the slot of its key and value."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FocusState:
+    """All of Focus in one worker; the model holds it as `model.focus`."""
+
+    adapter: str
+    """Path of the adapter file."""
+    sha256: str
+    """Of the adapter file."""
+    base_model: str
+    config: FocusConfig
+    layers: dict[int, LayerFocus]
+    dense_layers: list[int]
+    """Attention layers that Focus leaves to vLLM."""
+    counts: AttentionCounts
