@@ -1,0 +1,169 @@
+"""From resolved model and adapter to a running `vllm serve`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from server.errors import LaunchError
+from server.models import DEMO_FOLDER, Model
+from server.stats import stats_interval
+
+WORKER_EXTENSION = "focus_vllm.engine.worker.FocusWorkerExtension"
+PLUGIN = "focus"
+PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
+OTHER_PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Launch:
+    """One `vllm serve`: what to run, not yet run."""
+
+    arguments: tuple[str, ...]
+    """What follows `vllm serve`."""
+    environment: Mapping[str, str]
+    """What is added to the environment."""
+
+    def command(self) -> str:
+        """Return a line for a POSIX shell that does the same."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(["vllm", "serve", *self.arguments])])
+
+
+def plan_launch(
+    model: Model,
+    adapter: Path | None,
+    additional_config: Mapping[str, Any],
+    vllm_arguments: Sequence[str],
+    environ: Mapping[str, str],
+) -> Launch:
+    """Decide how to start vLLM.
+
+    Args:
+        model: The model to serve.
+        adapter: A checked adapter file, or None to serve without Focus.
+        additional_config: The user's own `--additional-config`.
+        vllm_arguments: The user's other arguments; they win over the defaults chosen here.
+        environ: The process environment.
+
+    Raises:
+        LaunchError: The arguments or the environment contradict Focus; every reason is listed.
+    """
+    stats_interval(environ)
+    if reasons := _conflicts(adapter, additional_config, vllm_arguments, environ):
+        raise LaunchError("; ".join(reasons))
+    config = dict(additional_config)
+    # vLLM takes the last of a repeated flag: defaults first, then the user's, then what Focus needs.
+    arguments = [model.location, *_defaults(model, vllm_arguments), *vllm_arguments]
+    if adapter:
+        config["focus"] = {**config.get("focus", {}), "adapter": str(adapter)}
+        arguments += ["--worker-extension-cls", WORKER_EXTENSION]
+    if config:
+        arguments += ["--additional-config", json.dumps(config)]
+    environment = {"VLLM_PLUGINS": _plugins(environ.get("VLLM_PLUGINS"))}
+    if model.location == str(DEMO_FOLDER):
+        environment["VLLM_CPU_KVCACHE_SPACE"] = environ.get("VLLM_CPU_KVCACHE_SPACE", "2")
+    return Launch(tuple(arguments), environment)
+
+
+def serve(launch: Launch) -> None:
+    """Run vLLM's server in this process until it is stopped.
+
+    Raises:
+        LaunchError: vLLM is missing or of an untested version, or Focus cannot be loaded.
+    """
+    os.environ.update(launch.environment)
+    _check_installation()
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()  # type: ignore[no-untyped-call]
+    parser = FlexibleArgumentParser(prog="vllm")  # type: ignore[no-untyped-call]
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    arguments = parser.parse_args(["serve", *launch.arguments])
+    command.validate(arguments)
+    command.cmd(arguments)
+
+
+def peek(vllm_arguments: Sequence[str]) -> argparse.Namespace:
+    """Read, and leave in place, the vLLM arguments that Focus has to know."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--revision")
+    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true")
+    parser.add_argument("--worker-extension-cls", "--worker_extension_cls", default="")
+    return parser.parse_known_args(vllm_arguments)[0]
+
+
+def _conflicts(
+    adapter: Path | None,
+    additional_config: Mapping[str, Any],
+    vllm_arguments: Sequence[str],
+    environ: Mapping[str, str],
+) -> list[str]:
+    reasons = []
+    if vllm_arguments and not vllm_arguments[0].startswith("-"):
+        reasons.append(f"unexpected argument {vllm_arguments[0]!r}: name the model with --model")
+    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        reasons.append("VLLM_USE_RUST_FRONTEND is set: vLLM's Rust front end loads no plugins; unset it")
+    if any(argument.replace("_", "-").startswith("--additional-config.") for argument in vllm_arguments):
+        reasons.append("give --additional-config as one JSON object, not by dotted keys")
+    focus = additional_config.get("focus", {})
+    if not isinstance(focus, dict) or "adapter" in focus or (focus and not adapter):
+        reasons.append(f"--additional-config has focus={focus!r}: name the adapter with --adapter")
+    extension = peek(vllm_arguments).worker_extension_cls
+    if adapter and extension not in ("", WORKER_EXTENSION):
+        reasons.append(
+            f"--worker-extension-cls {extension}: vLLM takes one, and Focus needs {WORKER_EXTENSION}"
+        )
+    return reasons
+
+
+def _defaults(model: Model, vllm_arguments: Sequence[str]) -> list[str]:
+    if "--config" in vllm_arguments:  # vLLM puts the file's settings first, so defaults would win over them
+        return []
+    names = ["--served-model-name", *model.served_names] if model.served_names else []
+    # The demo should answer within seconds; compiling it costs more than it gains.
+    return [*names, "--enforce-eager"] if model.location == str(DEMO_FOLDER) else names
+
+
+def _plugins(allowed: str | None) -> str:
+    """Return VLLM_PLUGINS with Focus in it and nothing switched off that was on."""
+    if allowed is None:
+        names = {entry.name for group in OTHER_PLUGIN_GROUPS for entry in entry_points(group=group)}
+    else:
+        names = {name for name in allowed.split(",") if name}
+    return ",".join(sorted(names | {PLUGIN}))
+
+
+def _check_installation() -> None:
+    """Load what vLLM will load by name: it logs and goes on when a plugin cannot be imported."""
+    from focus_vllm.engine.plugin import check_vllm_version
+
+    try:
+        check_vllm_version()
+        for group in PLUGIN_GROUPS:
+            found = entry_points(group=group, name=PLUGIN)
+            if not found:
+                raise LaunchError(f"focus-vllm's entry point in {group} is missing: install it again")
+            for entry in found:
+                entry.load()
+    except ImportError as error:
+        raise LaunchError(
+            f"cannot load Focus ({error}): install focus-vllm[cpu] or focus-vllm[gpu]"
+        ) from error
+    except RuntimeError as error:
+        raise LaunchError(str(error)) from error

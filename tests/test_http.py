@@ -1,0 +1,232 @@
+"""The openai client against a real focus-serve with the embedded demo, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+MODEL = "focus-demo"
+PROMPT = "The history of the city begins with"
+MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
+START_SECONDS = 200
+
+
+class Server:
+    """A focus-serve in its own process group."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.url = f"http://localhost:{_free_port()}"
+        self.log = log
+        port = self.url.rpartition(":")[2]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "server.cli", "--port", port, *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "FOCUS_STATS_INTERVAL": "0.5"},
+            )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._is_healthy():
+            assert self.process.poll() is None, f"focus-serve stopped:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"focus-serve is not ready:\n{self.log.read_text()}"
+            time.sleep(0.5)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return str(response.read().decode())
+
+    def info(self) -> dict[str, Any]:
+        return dict(json.loads(self.get("/focus/info")))
+
+    def keys(self) -> dict[str, float]:
+        """Return the counters as `selected_prefill`, `candidate_decode` and so on, up to date."""
+        self.info()
+        return {
+            f"{sample.name.split('_')[2]}_{sample.labels['phase']}": sample.value
+            for family in text_string_to_metric_families(self.get("/metrics"))
+            if family.name.startswith("focus_attn_")
+            for sample in family.samples
+            if sample.name.endswith("_total")
+        }
+
+    def stop(self) -> int:
+        """Ask the server to stop; return its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        self.process.wait(timeout=30)
+
+    def _is_healthy(self) -> bool:
+        try:
+            self.get("/health")
+        except (urllib.error.URLError, ConnectionError):
+            return False
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server") / "log.txt")
+    try:
+        server.wait_until_ready()
+        yield server
+        assert server.stop() == 0, server.log.read_text()
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def complete(client: OpenAI, prompt: str | list[int] = PROMPT, **options: Any) -> Any:
+    return client.completions.create(
+        model=MODEL, prompt=prompt, **{"max_tokens": 12, "temperature": 0, **options}
+    )
+
+
+def chat(client: OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, **{"max_tokens": 12, "temperature": 0, **options}
+    )
+
+
+def test_the_served_model_is_listed(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+
+
+def test_completions_stream_the_text_that_they_return_at_once(client: OpenAI) -> None:
+    whole = complete(client)
+    streamed = list(complete(client, stream=True))
+    assert whole.choices[0].text.strip()
+    assert whole.usage.completion_tokens == 12
+    assert len(streamed) > 2
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
+    assert streamed[-1].choices[0].finish_reason == "length"
+
+
+def test_chat_streams_the_text_that_it_returns_at_once(client: OpenAI) -> None:
+    whole = chat(client)
+    streamed = list(chat(client, stream=True))
+    assert whole.choices[0].message.content.strip()
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == (
+        whole.choices[0].message.content
+    )
+    assert streamed[-1].choices[0].finish_reason == "length"
+
+
+def test_n_gives_that_many_different_choices(client: OpenAI) -> None:
+    for answer in (
+        complete(client, n=2, temperature=1, seed=1),
+        chat(client, n=2, temperature=1, seed=1),
+    ):
+        assert [choice.index for choice in answer.choices] == [0, 1]
+        assert answer.choices[0].model_dump() != answer.choices[1].model_dump()
+
+
+def test_greedy_tokens_are_the_ones_with_the_highest_logprob(client: OpenAI) -> None:
+    logprobs = complete(client, logprobs=3).choices[0].logprobs
+    assert len(logprobs.token_logprobs) == 12
+    for chosen, top in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert chosen == max(top.values()) <= 0
+    tokens = chat(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert len(tokens) == 12
+    for token in tokens:
+        assert token.logprob == max(other.logprob for other in token.top_logprobs)
+
+
+def test_text_ends_before_the_stop_word(client: OpenAI) -> None:
+    text = complete(client).choices[0].text
+    stop = text.split()[2]
+    choice = complete(client, stop=[stop]).choices[0]
+    assert choice.text == text[: text.index(stop)]
+    assert choice.finish_reason == "stop"
+
+
+def test_a_prompt_that_is_too_long_is_a_clear_400(client: OpenAI) -> None:
+    limit = client.models.list().data[0].model_dump()["max_model_len"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, [5] * (limit + 100))
+    assert refused.value.status_code == 400
+    assert f"maximum context length is {limit} tokens" in str(refused.value)
+    assert str(limit + 100) in str(refused.value)
+
+
+def test_info_describes_the_demo_adapter(server: Server) -> None:
+    info = server.info()
+    assert info["attention"] == "focus"
+    assert info["adapter"]["file"] == "focus.safetensors"
+    assert sorted(info["routed_layers"] + info["dense_layers"]) == list(range(8))
+    assert info["routed_layers"]
+    assert {"num_groups", "key_k", "top_k", "window"} <= set(info["config"])
+    assert info["versions"]["vllm"].startswith("0.2")
+
+
+def test_a_short_prompt_reads_every_key_and_a_long_one_does_not(server: Server, client: OpenAI) -> None:
+    dense_below = server.info()["config"]["dense_below"]
+    before = server.keys()
+    complete(client, [7] * 64)
+    short = server.keys()
+    grown = {name: short[name] - before[name] for name in short}
+    assert grown["candidate_prefill"] == grown["selected_prefill"] > 0
+    assert grown["candidate_decode"] == grown["selected_decode"] > 0
+
+    text = "".join(f"{number} men came to the town. " for number in range(dense_below // 4))
+    assert complete(client, text).usage.prompt_tokens > dense_below + 1000
+    long = server.keys()
+    grown = {name: long[name] - short[name] for name in long}
+    assert 0 < grown["selected_prefill"] < grown["candidate_prefill"]
+    assert 0 < grown["selected_decode"] < grown["candidate_decode"]
+    read = server.info()["keys_read"]
+    assert read["prefill"] == pytest.approx(long["selected_prefill"] / long["candidate_prefill"])
+    assert read["decode"] == pytest.approx(long["selected_decode"] / long["candidate_decode"])
+
+
+def test_vllms_own_metrics_are_untouched(server: Server, client: OpenAI) -> None:
+    complete(client)
+    metrics = server.get("/metrics")
+    assert (
+        'vllm:request_success_total{engine="0",finished_reason="length",model_name="focus-demo"}' in metrics
+    )
+    assert "focus_adapter_info{" in metrics
+    assert "focus_build_info{" in metrics
+
+
+def test_the_curl_line_of_the_log_works(server: Server) -> None:
+    (line,) = (line for line in server.log.read_text().splitlines() if "Try: curl" in line)
+    answer = subprocess.run(
+        line.partition("Try: ")[2], shell=True, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(answer.stdout)["choices"][0]["text"]
