@@ -1,0 +1,66 @@
+"""How an adapter is trained; what it serves is in FocusConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+
+CHOICES = {"objective": ("log-gate",), "schedule": ("cosine", "constant")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSettings:
+    """One training run, whatever the model.
+
+    Raises:
+        ValueError: A value is out of range; the message lists every one that is.
+    """
+
+    objective: str = "log-gate"
+    steps: int = 300
+    batch_size: int = 4
+    """Sequences per step."""
+    seq_len: int = 1024
+    """Tokens per sequence."""
+    lr: float = 3e-3
+    """AdamW's learning rate at the start; better than 1e-2 and 3e-2 on demo-10m (docs/training.md)."""
+    schedule: str = "cosine"
+    """`cosine` falls to 0 over the steps, `constant` stays."""
+    seed: int = 0
+    train_window: int | None = None
+    """Window while training, in tokens; None takes the adapter's."""
+    copy_spans: int = 0
+    """Spans per sequence that repeat earlier text."""
+    text_tokens: int = 4_000_000
+    """Most text that sequences are drawn from, in tokens."""
+    calibration_tokens: int = 65_536
+    """Text on which the potentials are calibrated."""
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "steps": 1,
+            "batch_size": 1,
+            "seq_len": 2,
+            "seed": 0,
+            "copy_spans": 0,
+            "text_tokens": 1,
+            "calibration_tokens": 1,
+        }
+        reasons = [
+            f"{name} ({getattr(self, name)}) must be >= {low}"
+            for name, low in at_least.items()
+            if getattr(self, name) < low
+        ]
+        if self.train_window is not None and self.train_window < 0:
+            reasons.append(f"train_window ({self.train_window}) must be >= 0")
+        if not self.lr > 0:
+            reasons.append(f"lr ({self.lr}) must be > 0")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                reasons.append(f"{name} ({getattr(self, name)!r}) must be one of {list(known)}")
+        if reasons:
+            raise ValueError("invalid training settings: " + "; ".join(reasons))
+
+    def num_tokens(self) -> int:
+        """Return how many tokens of text training and calibration read at most."""
+        wanted = self.steps * self.batch_size * (self.seq_len + 1)
+        return min(wanted, self.text_tokens) + self.calibration_tokens
