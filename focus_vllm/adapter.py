@@ -65,7 +65,7 @@ class BaseModel:
         """Describe a model by its Hugging Face configuration (the text part of a multimodal one)."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = text.num_attention_heads
-        fields = {key: getattr(text, key, None) for key in HASHED_FIELDS}
+        fields: dict[str, Any] = {key: getattr(text, key, None) for key in HASHED_FIELDS}
         fields["num_key_value_heads"] = fields["num_key_value_heads"] or heads
         fields["head_dim"] = fields["head_dim"] or text.hidden_size // heads
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -224,8 +224,8 @@ def _parse_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[int, Router],
             reasons.append(f"unknown tensor {name!r}")
             continue
         found.setdefault(int(index), {})[part] = tensor
-    for index, parts in sorted(found.items()):
-        reasons += [f"missing tensor 'layers.{index}.{part}'" for part in sorted(names - set(parts))]
+    for layer, parts in sorted(found.items()):
+        reasons += [f"missing tensor 'layers.{layer}.{part}'" for part in sorted(names - set(parts))]
     if reasons:
         return {}, reasons
     return {index: Router(**parts) for index, parts in found.items()}, []

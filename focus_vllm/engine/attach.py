@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionType
 
 from focus_vllm.engine.settings import FocusSettings, FocusUnsupportedError
@@ -17,8 +18,7 @@ from focus_vllm.engine.state import AttentionCounts, FocusState, LayerFocus
 from focus_vllm.routing import mask_dtype, route
 
 
-@torch.library.custom_op("focus::route", mutates_args=("key_groups", "query_groups"))
-def route_op(
+def _route_op(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -28,26 +28,15 @@ def route_op(
     top_k: int,
 ) -> None:
     """`routing.route` of `hidden` `[num_tokens, hidden_size]` into the first rows of two buffers."""
+    if hidden.is_cuda:
+        from focus_vllm.kernels.routing import route_into  # needs Triton, which a CPU may lack
+
+        route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
+        return
     num_tokens = len(hidden)
     key_groups[:num_tokens], query_groups[:num_tokens] = route(hidden, weight, bias, key_k, top_k)
 
 
-@route_op.register_kernel("cuda")
-def _route_cuda(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    key_groups: torch.Tensor,
-    query_groups: torch.Tensor,
-    key_k: int,
-    top_k: int,
-) -> None:
-    from focus_vllm.kernels.routing import route_into
-
-    route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
-
-
-@route_op.register_fake
 def _route_fake(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -58,6 +47,17 @@ def _route_fake(
     top_k: int,
 ) -> None:
     return None
+
+
+# torch.ops.focus.route: opaque to torch.compile, which sees that it writes the two buffers.
+LIBRARY = torch.library.Library("focus", "FRAGMENT")
+direct_register_custom_op(
+    op_name="route",
+    op_func=_route_op,
+    mutates_args=["key_groups", "query_groups"],
+    fake_impl=_route_fake,
+    target_lib=LIBRARY,
+)
 
 
 def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -> FocusState:
@@ -91,11 +91,15 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
     ]
     if reasons:
         raise FocusUnsupportedError(reasons)
+    from focus_vllm.kernels.routing import device_weight
+
     counts = AttentionCounts()
     key_groups, query_groups = _group_buffers(model, vllm_config, config.num_groups)
     layers = {}
     for index in routed:
         weight, bias = (part.to(key_groups.device) for part in routers[index].fold(config.temperature))
+        if weight.is_cuda:
+            weight = device_weight(weight, vllm_config.model_config.dtype)
         layers[index] = LayerFocus(config, weight, bias, key_groups, query_groups, counts)
         attentions[index].impl.focus = layers[index]
         _hook(projections[index], layers[index])

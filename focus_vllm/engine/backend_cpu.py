@@ -59,6 +59,8 @@ class RoutedQueries:
     """Where they are in the batch."""
     slots: torch.Tensor
     """`[seq_len]`, int64: the KV slot of every position up to the last query."""
+    row_ids: torch.Tensor
+    """`[seq_len]`, int64: where in `_rows` each position's keys and values are."""
     phase: str
     """"prefill" or "decode"."""
 
@@ -78,6 +80,10 @@ class DenseQueries:
 class FocusCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata of the whole batch, and how routed layers split it."""
 
+    new_slots: torch.Tensor | None = None
+    """`[num_actual_tokens]`, int64: `slot_mapping` without padding."""
+    new_row_ids: torch.Tensor | None = None
+    """`[num_actual_tokens]`, int64: where in `_rows` the new tokens go."""
     dense: DenseQueries | None = None
     routed: list[RoutedQueries] = dataclasses.field(default_factory=list)
 
@@ -110,8 +116,11 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             _Span(row, seq_len - (next_row - row), seq_len)
             for row, next_row, seq_len in zip(starts[:-1], starts[1:], seq_lens, strict=True)
         ]
+        new_slots = stock.slot_mapping[: stock.num_actual_tokens].long()
         return FocusCPUMetadata(
             **fields,
+            new_slots=new_slots,
+            new_row_ids=_row_ids(new_slots, self.block_size),
             dense=self._dense(common_attn_metadata, spans, stock),
             routed=self._routed(common_attn_metadata, spans),
         )
@@ -129,7 +138,7 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             num_blocks = -(-span.end // self.block_size)
             slots = (blocks[:num_blocks, None].long() * self.block_size + offsets).view(-1)[: span.end]
             rows = slice(span.row + begin - span.begin, span.row + span.end - span.begin)
-            routed.append(RoutedQueries(rows, slots, span.phase))
+            routed.append(RoutedQueries(rows, slots, _row_ids(slots, self.block_size), span.phase))
         return routed
 
     def _dense(
@@ -201,19 +210,6 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, _stock_half(kv_cache), slot_mapping)
-        focus = self.focus
-        if focus is None:
-            return
-        num_slots = kv_cache.shape[0] * kv_cache.shape[2]
-        if focus.store is None or len(focus.store) != num_slots:
-            focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype)
-        slots = slot_mapping[: len(key)]
-        used = slots >= 0
-        if not used.all():  # padding
-            slots, key, value = slots[used], key[: len(used)][used], value[: len(used)][used]
-        rows = _rows(kv_cache)
-        rows[_row_ids(slots, kv_cache)] = torch.cat([key, value], dim=-1).to(rows.dtype)
-        focus.store[slots] = focus.key_groups[: len(used)][used]
 
     def forward(
         self,
@@ -234,6 +230,7 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
         stock = _stock_half(kv_cache)
         if self.focus is None:
             return super().forward(layer, query, key, value, stock, attn_metadata, output, *scales)
+        self._store(self.focus, key, value, kv_cache, attn_metadata)
         dense = attn_metadata.dense
         if dense is not None:
             for phase, pairs in dense.pairs.items():
@@ -248,16 +245,35 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
             output[queries.rows] = self._attend(self.focus, query[queries.rows], queries, kv_cache)
         return output
 
+    def _store(
+        self,
+        focus: LayerFocus,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FocusCPUMetadata,
+    ) -> None:
+        """Keep the new tokens' groups, and their keys and values as rows."""
+        num_slots = kv_cache.shape[0] * kv_cache.shape[2]
+        if focus.store is None or len(focus.store) != num_slots:
+            focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype)
+        assert attn_metadata.new_slots is not None
+        assert attn_metadata.new_row_ids is not None
+        num_tokens = len(attn_metadata.new_slots)
+        focus.store.index_copy_(0, attn_metadata.new_slots, focus.key_groups[:num_tokens])
+        rows = torch.cat([key[:num_tokens], value[:num_tokens]], dim=-1)
+        _rows(kv_cache).index_copy_(0, attn_metadata.new_row_ids, rows)
+
     def _attend(
         self, focus: LayerFocus, query: torch.Tensor, queries: RoutedQueries, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         assert focus.store is not None
-        slots = queries.slots
-        keys = PagedKeys(_rows(kv_cache), _row_ids(slots, kv_cache), focus.store[slots])
+        keys = PagedKeys(_rows(kv_cache), queries.row_ids, focus.store.index_select(0, queries.slots))
         output, pairs = focus_sdpa(
             query, focus.query_groups[queries.rows], keys, focus.config, self.scale, self.logits_soft_cap
         )
-        focus.counts.add(queries.phase, _causal_pairs(len(slots) - len(query), len(slots)), pairs)
+        seq_len = len(queries.slots)
+        focus.counts.add(queries.phase, _causal_pairs(seq_len - len(query), seq_len), pairs)
         return output
 
 
@@ -274,7 +290,6 @@ def _rows(kv_cache: torch.Tensor) -> torch.Tensor:
     return kv_cache.view(num_blocks * 2 * block_size, num_kv_heads, content // 2)
 
 
-def _row_ids(slots: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+def _row_ids(slots: torch.Tensor, block_size: int) -> torch.Tensor:
     """Return where in `_rows` the tokens at `slots` are."""
-    block_size = kv_cache.shape[2]
     return slots + (slots // block_size + 1) * block_size

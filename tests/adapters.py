@@ -1,0 +1,38 @@
+"""Random adapters for tests that need routing, not quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from focus_vllm.adapter import Adapter, BaseModel, save_adapter
+from focus_vllm.config import FocusConfig
+from focus_vllm.routing import Router
+
+DEMO = Path(__file__).parent.parent / "focus_vllm" / "demo" / "model"
+
+
+def random_adapter(model: Path, path: Path, layers: list[int] | None = None, **config) -> Path:
+    """Write an adapter of random routers for a model folder and return its path."""
+    base = AutoConfig.from_pretrained(model)
+    focus = FocusConfig(**{"window": 128, "dense_below": 256, **config})
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden_size = base.get_text_config().hidden_size
+    routed = range(base.get_text_config().num_hidden_layers) if layers is None else layers
+    routers = {
+        index: Router(
+            normal(hidden_size, focus.group_dim) / hidden_size**0.5,
+            normal(focus.num_groups, focus.group_dim),
+            torch.zeros(focus.num_groups),
+        )
+        for index in routed
+    }
+    base_model = BaseModel.from_config(model.name, base)
+    save_adapter(Adapter(config=focus, base_model=base_model, layers=routers), path)
+    return path

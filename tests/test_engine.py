@@ -1,0 +1,128 @@
+"""Focus in a real vLLM engine on the CPU, against the reference on the Hugging Face model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import DEMO, random_adapter
+from engines import StoredGroups, engine, generate, logprobs, prompt
+from reference_check import TOLERANCE, check_against_reference
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.vllm
+
+LENGTHS = [3, 255, 300, 511, 777, 1024, 1500, 2111]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return random_adapter(DEMO, tmp_path_factory.mktemp("adapter") / "focus.safetensors")
+
+
+@pytest.fixture(scope="module")
+def hf_model():
+    return AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prompts_below_dense_below_are_bit_identical_to_stock_vllm(adapter, dtype):
+    prompts = [prompt(length, seed=length) for length in (1, 17, 300, 1200)]
+    results = []
+    for focus in (None, {"adapter": str(adapter), "dense_below": 1300}):
+        with engine(DEMO, focus, dtype=dtype, max_num_batched_tokens=512) as llm:
+            results.append(generate(llm, prompts, max_tokens=24))
+    for stock, focused in zip(*results, strict=True):
+        assert focused.outputs[0].token_ids == stock.outputs[0].token_ids
+        assert torch.equal(logprobs(focused), logprobs(stock))
+
+
+@pytest.mark.parametrize("overrides", [{"top_k": 8}, {"key_k": 8}, {"window": 4000}], ids=str)
+def test_a_mask_that_keeps_every_pair_equals_stock_vllm(adapter, overrides):
+    prompts = [prompt(3001)]
+    with engine(DEMO) as llm:
+        stock = generate(llm, prompts, max_tokens=8)[0]
+    with engine(DEMO, {"adapter": str(adapter), **overrides}) as llm:
+        focused = generate(llm, prompts, max_tokens=8)[0]
+        counts = llm.collective_rpc("focus_stats")[0]
+    assert focused.outputs[0].token_ids == stock.outputs[0].token_ids
+    assert (logprobs(focused) - logprobs(stock)).abs().max() <= TOLERANCE
+    assert counts["selected_tokens"] == counts["candidate_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("key_k", "top_k", "num_tokens"), [(1, 1, 8000), (1, 2, 5003), (2, 2, 3000)]
+)
+def test_prompt_logprobs_equal_the_reference(
+    adapter, hf_model, monkeypatch, key_k, top_k, num_tokens
+):
+    overrides = {"key_k": key_k, "top_k": top_k}
+    with engine(DEMO, {"adapter": str(adapter), **overrides}) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        output = generate(llm, [prompt(num_tokens)])[0]
+        counts = llm.collective_rpc("focus_stats")[0]
+    check_against_reference(hf_model, adapter, overrides, output, stored.of(output))
+    assert counts["selected_tokens"]["prefill"] < 0.8 * counts["candidate_tokens"]["prefill"]
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [256, 4096])
+def test_a_batch_of_mixed_lengths_equals_the_reference_however_it_is_chunked(
+    adapter, hf_model, monkeypatch, max_num_batched_tokens
+):
+    settings = {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": 8}
+    with engine(DEMO, {"adapter": str(adapter)}, **settings) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        outputs = generate(llm, [prompt(length, seed=length) for length in LENGTHS], max_tokens=5)
+    for output in outputs:
+        check_against_reference(hf_model, adapter, {}, output, stored.of(output))
+
+
+def test_a_prefix_cache_hit_equals_the_reference(adapter, hf_model, monkeypatch):
+    first = prompt(2000)
+    second = first[:1700] + prompt(400, seed=1)
+    with engine(DEMO, {"adapter": str(adapter)}, enable_prefix_caching=True) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        generate(llm, [first], prompt_logprobs=False)
+        output = generate(llm, [second], max_tokens=8, prompt_logprobs=False)[0]
+    assert output.num_cached_tokens == 1700 // 128 * 128
+    check_against_reference(hf_model, adapter, {}, output, stored.of(output))
+
+
+def test_preempted_and_recomputed_requests_equal_the_reference(adapter, hf_model, monkeypatch):
+    prompts = [prompt(600 + 50 * i, seed=i) for i in range(4)]
+    settings = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 512, "max_model_len": 2048}
+    with engine(DEMO, {"adapter": str(adapter)}, **settings) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        outputs = generate(llm, prompts, max_tokens=140)
+    assert stored.preemptions > 0
+    for output in outputs:
+        check_against_reference(hf_model, adapter, {}, output, stored.of(output))
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_decode_after_a_long_prompt_equals_the_reference(
+    adapter, hf_model, monkeypatch, enable_prefix_caching
+):
+    ids = prompt(6000)
+    focus = {"adapter": str(adapter)}
+    with engine(DEMO, focus, enable_prefix_caching=enable_prefix_caching) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        if enable_prefix_caching:
+            generate(llm, [ids], prompt_logprobs=False)
+        output = generate(llm, [ids], max_tokens=64, prompt_logprobs=False)[0]
+        counts = llm.collective_rpc("focus_stats")[0]
+    assert output.num_cached_tokens == (6000 // 128 * 128 if enable_prefix_caching else 0)
+    assert len(output.outputs[0].token_ids) == 64
+    check_against_reference(hf_model, adapter, {}, output, stored.of(output))
+    assert 0 < counts["selected_tokens"]["decode"] < 0.5 * counts["candidate_tokens"]["decode"]
+
+
+def test_an_engine_without_an_adapter_is_stock_vllm():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    with engine(DEMO) as llm:
+        model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()
+        impls = {type(module.impl) for module in model.modules() if hasattr(module, "impl")}
+        assert impls == {CPUAttentionBackendImpl}
+        assert llm.collective_rpc("focus_info") == [None]
+    assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
