@@ -82,7 +82,8 @@ class BaseModel:
     def mismatches(self, served: BaseModel) -> list[str]:
         """Return why an adapter for this model must not run on `served`; empty if it may."""
         return [
-            f"it was trained for {field.name} {ours!r} ({self.name}), the model has {theirs!r} ({served.name})"
+            f"it was trained for {field.name} {ours!r} ({self.name}), "
+            f"the model has {theirs!r} ({served.name})"
             for field in dataclasses.fields(self)
             if field.name != "name"
             and (ours := getattr(self, field.name)) != (theirs := getattr(served, field.name))
@@ -173,9 +174,7 @@ def read_base_model(path: str | Path) -> BaseModel:
     return _parse_metadata(Path(path), metadata)[1]
 
 
-def _parse_metadata(
-    path: Path, metadata: dict[str, str]
-) -> tuple[FocusConfig, BaseModel, dict[str, Any]]:
+def _parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[FocusConfig, BaseModel, dict[str, Any]]:
     if metadata.get("format") != FORMAT:
         raise AdapterError(
             path, [f"its format is {metadata.get('format')!r}, a Focus adapter's is {FORMAT!r}"]

@@ -54,9 +54,7 @@ class FocusConfig:
             reasons.append(f"num_groups ({self.num_groups}) must be <= {MAX_GROUPS}")
         for name in ("key_k", "top_k"):
             if getattr(self, name) > self.num_groups:
-                reasons.append(
-                    f"{name} ({getattr(self, name)}) must be <= num_groups ({self.num_groups})"
-                )
+                reasons.append(f"{name} ({getattr(self, name)}) must be <= num_groups ({self.num_groups})")
         if not self.temperature > 0:
             reasons.append(f"temperature ({self.temperature}) must be > 0")
         if any(type(layer) is not int or layer < 0 for layer in self.dense_layers):

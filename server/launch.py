@@ -12,6 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from focus_vllm.adapter import load_adapter
+from focus_vllm.engine.settings import FocusUnsupportedError, override
 from server.errors import LaunchError
 from server.models import DEMO_FOLDER, Model
 from server.stats import stats_interval
@@ -124,12 +126,22 @@ def _conflicts(
     focus = additional_config.get("focus", {})
     if not isinstance(focus, dict) or "adapter" in focus or (focus and not adapter):
         reasons.append(f"--additional-config has focus={focus!r}: name the adapter with --adapter")
+    elif adapter and focus:
+        reasons += _override_problems(adapter, focus)
     extension = peek(vllm_arguments).worker_extension_cls
     if adapter and extension not in ("", WORKER_EXTENSION):
         reasons.append(
             f"--worker-extension-cls {extension}: vLLM takes one, and Focus needs {WORKER_EXTENSION}"
         )
     return reasons
+
+
+def _override_problems(adapter: Path, overrides: dict[str, Any]) -> list[str]:
+    try:
+        override(load_adapter(adapter).config, overrides)
+    except FocusUnsupportedError as error:
+        return error.reasons
+    return []
 
 
 def _defaults(model: Model, vllm_arguments: Sequence[str]) -> list[str]:

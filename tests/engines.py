@@ -46,7 +46,9 @@ def prompt(num_tokens: int, seed: int = 0, vocab: int = 16000) -> list[int]:
     return torch.randint(5, vocab, (num_tokens,), generator=generator).tolist()
 
 
-def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 1, prompt_logprobs: bool = True) -> list[Any]:
+def generate(
+    llm: Any, prompts: list[list[int]], max_tokens: int = 1, prompt_logprobs: bool = True
+) -> list[Any]:
     """Generate greedily, with the log-probabilities of prompt and output."""
     from vllm import SamplingParams
 
@@ -65,7 +67,9 @@ def logprobs(output: Any) -> torch.Tensor:
     """Return the log-probability of every token after the first; NaN where vLLM gave none."""
     ids = output.prompt_token_ids
     given = output.prompt_logprobs or [None] * len(ids)
-    values = [float("nan") if row is None else row[token].logprob for row, token in zip(given, ids, strict=True)]
+    values = [
+        float("nan") if row is None else row[token].logprob for row, token in zip(given, ids, strict=True)
+    ]
     completion = output.outputs[0]
     values += [
         row[token].logprob for row, token in zip(completion.logprobs, completion.token_ids, strict=True)

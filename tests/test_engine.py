@@ -49,12 +49,8 @@ def test_a_mask_that_keeps_every_pair_equals_stock_vllm(adapter, overrides):
     assert counts["selected_tokens"] == counts["candidate_tokens"]
 
 
-@pytest.mark.parametrize(
-    ("key_k", "top_k", "num_tokens"), [(1, 1, 8000), (1, 2, 5003), (2, 2, 3000)]
-)
-def test_prompt_logprobs_equal_the_reference(
-    adapter, hf_model, monkeypatch, key_k, top_k, num_tokens
-):
+@pytest.mark.parametrize(("key_k", "top_k", "num_tokens"), [(1, 1, 8000), (1, 2, 5003), (2, 2, 3000)])
+def test_prompt_logprobs_equal_the_reference(adapter, hf_model, monkeypatch, key_k, top_k, num_tokens):
     overrides = {"key_k": key_k, "top_k": top_k}
     with engine(DEMO, {"adapter": str(adapter), **overrides}) as llm:
         stored = StoredGroups(llm, monkeypatch)
@@ -126,3 +122,22 @@ def test_an_engine_without_an_adapter_is_stock_vllm():
         assert impls == {CPUAttentionBackendImpl}
         assert llm.collective_rpc("focus_info") == [None]
     assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
+
+
+def test_an_adapter_that_says_nothing_of_a_layer_is_refused(tmp_path):
+    from focus_vllm.engine.settings import FocusUnsupportedError
+
+    partial = random_adapter(DEMO, tmp_path / "focus.safetensors", layers=[0, 1, 2, 3, 4, 6])
+    with pytest.raises(FocusUnsupportedError) as error, engine(DEMO, {"adapter": str(partial)}):
+        pass
+    for index in (5, 7):
+        assert f"layer {index} is full attention but neither routed" in str(error.value)
+
+
+def test_layers_named_dense_are_left_to_vllm(adapter):
+    with engine(DEMO, {"adapter": str(adapter), "dense_layers": [0, 7]}) as llm:
+        info = llm.collective_rpc("focus_info")[0]
+        generate(llm, [prompt(600)])
+        counts = llm.collective_rpc("focus_stats")[0]
+    assert (info["routed_layers"], info["dense_layers"]) == ([1, 2, 3, 4, 5, 6], [0, 7])
+    assert counts["candidate_tokens"]["prefill"] == 6 * 600 * 601 // 2

@@ -425,3 +425,18 @@ def test_peek_reads_what_decides_the_configuration() -> None:
     peeked = launch.peek(["--port", "1", "--revision", "abc", "--trust_remote_code"])
     expected = argparse.Namespace(revision="abc", trust_remote_code=True, worker_extension_cls="")
     assert peeked == expected
+
+
+def test_a_setting_that_the_engine_would_refuse_is_refused_before_it_starts(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, adapter_file: Path
+) -> None:
+    for own, expected in (
+        ({"window": -1, "top_k": 9}, "window (-1) must be an integer >= 0"),
+        ({"top_k": 9}, "top_k (9) must be <= num_groups (8)"),
+        ({"num_groups": 4}, "['num_groups'] cannot be given"),
+    ):
+        additional = json.dumps({"focus": own})
+        message = refusal(
+            capsys, "--model", model_folder, "--adapter", adapter_file, "--additional-config", additional
+        )
+        assert expected in message

@@ -13,6 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionType
 
+from focus_vllm.engine.overlap import beside, rejoin
 from focus_vllm.engine.settings import FocusSettings, FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, FocusState, LayerFocus
 from focus_vllm.routing import mask_dtype, route
@@ -31,7 +32,8 @@ def _route_op(
     if hidden.is_cuda:
         from focus_vllm.kernels.routing import route_into  # needs Triton, which a CPU may lack
 
-        route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
+        with beside(hidden.device):
+            route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
         return
     num_tokens = len(hidden)
     key_groups[:num_tokens], query_groups[:num_tokens] = route(hidden, weight, bias, key_k, top_k)
@@ -49,13 +51,29 @@ def _route_fake(
     return None
 
 
+def _rejoin_op(hidden: torch.Tensor, projected: torch.Tensor, key_groups: torch.Tensor) -> None:
+    """Wait for `route`. Taking `hidden` keeps its memory from being used again before."""
+    rejoin(hidden.device)
+
+
+def _rejoin_fake(hidden: torch.Tensor, projected: torch.Tensor, key_groups: torch.Tensor) -> None:
+    return None
+
+
 # torch.ops.focus.route: opaque to torch.compile, which sees that it writes the two buffers.
-LIBRARY = torch.library.Library("focus", "FRAGMENT")
+LIBRARY = torch.library.Library("focus", "FRAGMENT")  # type: ignore[no-untyped-call]
 direct_register_custom_op(
     op_name="route",
     op_func=_route_op,
     mutates_args=["key_groups", "query_groups"],
     fake_impl=_route_fake,
+    target_lib=LIBRARY,
+)
+direct_register_custom_op(
+    op_name="rejoin",
+    op_func=_rejoin_op,
+    mutates_args=["key_groups"],
+    fake_impl=_rejoin_fake,
     target_lib=LIBRARY,
 )
 
@@ -91,17 +109,19 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
     ]
     if reasons:
         raise FocusUnsupportedError(reasons)
-    from focus_vllm.kernels.routing import device_weight
-
     counts = AttentionCounts()
     key_groups, query_groups = _group_buffers(model, vllm_config, config.num_groups)
     layers = {}
     for index in routed:
         weight, bias = (part.to(key_groups.device) for part in routers[index].fold(config.temperature))
         if weight.is_cuda:
-            weight = device_weight(weight, vllm_config.model_config.dtype)
+            from focus_vllm.kernels.routing import device_weight
+
+            dtype = vllm_config.model_config.dtype
+            assert isinstance(dtype, torch.dtype)
+            weight = device_weight(weight, dtype)
         layers[index] = LayerFocus(config, weight, bias, key_groups, query_groups, counts)
-        attentions[index].impl.focus = layers[index]
+        attentions[index].impl.focus = layers[index]  # type: ignore[attr-defined]
         _hook(projections[index], layers[index])
     state = FocusState(
         adapter=str(settings.path),
@@ -144,9 +164,9 @@ def _find_projections(
         elif projection := _find_projection(model, index, attentions[index]):
             projections[index] = projection
         else:
+            linear = {type(module).__name__ for module in model.modules() if isinstance(module, LinearBase)}
             reasons.append(
-                f"layer {index} has no QKV projection that could be found; the model has "
-                f"{sorted({type(module).__name__ for module in model.modules() if isinstance(module, LinearBase)})}"
+                f"layer {index} has no QKV projection; the model's linear layers: {sorted(linear)}"
             )
     return projections, reasons
 
@@ -187,4 +207,10 @@ def _hook(projection: nn.Module, layer: LayerFocus) -> None:
             hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k
         )
 
+    def wait_for_routing(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        projected = output[0] if isinstance(output, tuple) else output
+        torch.ops.focus.rejoin(args[0], projected, layer.key_groups)
+
     projection.register_forward_pre_hook(route_tokens)
+    if layer.weight.is_cuda:
+        projection.register_forward_hook(wait_for_routing)

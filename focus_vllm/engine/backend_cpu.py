@@ -125,9 +125,7 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             routed=self._routed(common_attn_metadata, spans),
         )
 
-    def _routed(
-        self, common: CommonAttentionMetadata, spans: list[_Span]
-    ) -> list[RoutedQueries]:
+    def _routed(self, common: CommonAttentionMetadata, spans: list[_Span]) -> list[RoutedQueries]:
         assert self.dense_below is not None
         routed = []
         offsets = torch.arange(self.block_size)
@@ -278,14 +276,14 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
 
 
 def _stock_half(kv_cache: torch.Tensor) -> torch.Tensor:
-    """Return the part of each page that vLLM's kernels use, `[num_blocks, num_kv_heads, block_size, 2 * head_size]`."""
+    """Return vLLM's half of each page, `[num_blocks, num_kv_heads, block_size, 2 * head_size]`."""
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     halves = kv_cache.view(num_blocks, 2, num_kv_heads, block_size, content // 2)
     return halves[:, 0]
 
 
 def _rows(kv_cache: torch.Tensor) -> torch.Tensor:
-    """Return both halves of all pages as rows `[num_blocks * 2 * block_size, num_kv_heads, 2 * head_size]`."""
+    """Return all pages as rows `[num_blocks * 2 * block_size, num_kv_heads, 2 * head_size]`."""
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     return kv_cache.view(num_blocks * 2 * block_size, num_kv_heads, content // 2)
 

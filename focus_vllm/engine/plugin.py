@@ -1,4 +1,4 @@
-"""The vLLM plugin: `register` runs in every vLLM process and changes nothing until a model is loaded for Focus."""
+"""The vLLM plugin: `register` runs in every process and changes nothing until a model is loaded for Focus."""
 
 from __future__ import annotations
 

@@ -54,14 +54,26 @@ def read_settings(vllm_config: VllmConfig) -> FocusSettings | None:
     path = Path(values["adapter"])
     adapter = load_adapter(path)
     overrides = {key: value for key, value in values.items() if key not in ("adapter", "sha256")}
-    if unknown := sorted(set(overrides) - OVERRIDES):
-        raise FocusUnsupportedError(
-            [f"unknown Focus setting {unknown}; besides 'adapter' there are {sorted(OVERRIDES)}"]
-        )
-    config = FocusConfig.from_dict({**adapter.config.to_dict(), **overrides})
+    config = override(adapter.config, overrides)
     if reasons := _refusals(vllm_config, adapter):
         raise FocusUnsupportedError(reasons)
     return FocusSettings(path, hashlib.sha256(path.read_bytes()).hexdigest(), adapter, config)
+
+
+def override(config: FocusConfig, values: dict[str, Any]) -> FocusConfig:
+    """Return an adapter's configuration with the user's settings in place of its own.
+
+    Raises:
+        FocusUnsupportedError: A setting is unknown, belongs to the training, or is out of range.
+    """
+    if unknown := sorted(set(values) - OVERRIDES):
+        raise FocusUnsupportedError(
+            [f"Focus setting {unknown} cannot be given; besides 'adapter' there are {sorted(OVERRIDES)}"]
+        )
+    try:
+        return FocusConfig.from_dict({**config.to_dict(), **values})
+    except (TypeError, ValueError) as error:
+        raise FocusUnsupportedError([str(error)]) from None
 
 
 def _refusals(vllm_config: VllmConfig, adapter: Adapter) -> list[str]:
@@ -72,7 +84,7 @@ def _refusals(vllm_config: VllmConfig, adapter: Adapter) -> list[str]:
         (model.use_mla, "the model uses multi-head latent attention (MLA)"),
         (
             vllm_config.kv_transfer_config is not None,
-            "a KV connector is configured: blocks would move without their groups; remove --kv-transfer-config",
+            "a KV connector would move blocks without their groups: remove --kv-transfer-config",
         ),
         (vllm_config.lora_config is not None, "LoRA is enabled: remove --enable-lora"),
         (

@@ -13,13 +13,9 @@ from focus_vllm.config import FocusConfig
 class AttentionCounts:
     """(query, key) pairs, summed over routed layers and queries, since the engine started."""
 
-    candidate_tokens: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"prefill": 0, "decode": 0}
-    )
+    candidate_tokens: dict[str, int] = dataclasses.field(default_factory=lambda: {"prefill": 0, "decode": 0})
     """Pairs that dense attention reads."""
-    selected_tokens: dict[str, int] = dataclasses.field(
-        default_factory=lambda: {"prefill": 0, "decode": 0}
-    )
+    selected_tokens: dict[str, int] = dataclasses.field(default_factory=lambda: {"prefill": 0, "decode": 0})
     """Pairs that Focus read."""
 
     def add(self, phase: str, candidate: int, selected: int) -> None:

@@ -32,9 +32,9 @@ class PagedKeys:
     """`[seq_len]`: bitmask G of each position."""
 
     def take(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values `[num_kv_heads, len(positions), head_size]`."""
-        rows = self.rows.index_select(0, self.row_ids[positions]).transpose(0, 1)
-        key, value = rows.chunk(2, dim=-1)
+        """Return keys and values `[batch, num_kv_heads, num_keys, head_size]` at `[batch, num_keys]`."""
+        rows = self.rows.index_select(0, self.row_ids[positions].view(-1))
+        key, value = rows.view(*positions.shape, *self.rows.shape[1:]).transpose(1, 2).chunk(2, dim=-1)
         return key, value
 
 
@@ -80,31 +80,33 @@ def _decode(
     wanted = keys.groups & query_groups
     wanted[: config.sink] = 1
     wanted[max(0, len(wanted) - 1 - config.window) :] = 1
-    positions = wanted.nonzero().squeeze(1)
-    key, value = keys.take(positions)
-    return attend(query, key, value, scale, softcap)[0], len(positions)
+    positions = wanted.nonzero().view(1, -1)
+    output, _ = attend(query[None], *keys.take(positions), scale, softcap)
+    return output[0], positions.shape[1]
 
 
 def _near(
     query: torch.Tensor, keys: PagedKeys, config: FocusConfig, scale: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Attend to the window and the sinks."""
-    seq_len, first = len(keys.row_ids), len(keys.row_ids) - len(query)
-    output = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    pairs = 0
-    for start in range(first, seq_len, NEAR_BLOCK):
-        end = min(start + NEAR_BLOCK, seq_len)
-        sinks = min(config.sink, end)
-        positions = torch.arange(max(start - config.window, sinks), end)
-        positions = torch.cat([torch.arange(sinks), positions])
-        distance = torch.arange(start, end)[:, None] - positions
-        mask = (distance >= 0) & ((distance <= config.window) | (positions < config.sink))
-        rows = slice(start - first, end - first)
-        key, value = keys.take(positions)
-        output[rows], lse[rows] = attend(query[rows], key, value, scale, softcap, mask)
-        pairs += int(mask.sum())
-    return output, lse, pairs
+    """Attend to the window and the sinks, all blocks in one call: a parallel region each would cost more."""
+    seq_len, num_queries = len(keys.row_ids), len(query)
+    first = seq_len - num_queries
+    starts = torch.arange(first, seq_len, NEAR_BLOCK)[:, None]
+    sinks = torch.arange(min(config.sink, seq_len)).expand(len(starts), -1)
+    band = starts + torch.arange(-config.window, NEAR_BLOCK)
+    j = torch.cat([sinks, band], dim=1)[:, None]
+    i = (starts + torch.arange(NEAR_BLOCK))[:, :, None]
+    in_band = (i - j <= config.window) & (j >= config.sink)
+    in_band[..., : sinks.shape[1]] = True
+    mask = in_band & (j <= i) & (i < seq_len)
+    pairs = int(mask.sum())
+    mask[..., 0] |= i[..., 0] >= seq_len  # the last block's padding attends to something, not to nothing
+    key, value = keys.take(j[:, 0].clamp(0, seq_len - 1))
+    blocks = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, len(starts) * NEAR_BLOCK - num_queries))
+    output, lse = attend(
+        blocks.view(len(starts), NEAR_BLOCK, *query.shape[1:]), key, value, scale, softcap, mask
+    )
+    return output.flatten(0, 1)[:num_queries], lse.flatten(0, 1)[:num_queries], pairs
 
 
 def _far(
@@ -120,20 +122,21 @@ def _far(
     output = torch.zeros_like(query)
     lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
     pairs = 0
-    for signature in query_groups.unique():
+    for signature in torch.unique(query_groups):
         members = (keys.groups[config.sink :] & signature).nonzero().squeeze(1) + config.sink
         rows = (query_groups == signature).nonzero().squeeze(1)
         lengths = torch.searchsorted(members, rows + (first - config.window))
         rows, lengths = rows[lengths > 0], lengths[lengths > 0]
         if not len(rows):
             continue
-        key, value = keys.take(members[: lengths[-1]])
-        for block, seen in zip(rows.split(FAR_BLOCK), lengths.split(FAR_BLOCK), strict=True):
+        key, value = keys.take(members[None, : lengths[-1]])
+        for block, seen in zip(torch.split(rows, FAR_BLOCK), torch.split(lengths, FAR_BLOCK), strict=True):
             longest = int(seen[-1])
             mask = torch.arange(longest) < seen[:, None]
-            output[block], lse[block] = attend(
-                query[block], key[:, :longest], value[:, :longest], scale, softcap, mask
+            part, part_lse = attend(
+                query[None, block], key[:, :, :longest], value[:, :, :longest], scale, softcap, mask[None]
             )
+            output[block], lse[block] = part[0], part_lse[0]
         pairs += int(lengths.sum())
     return output, lse, pairs
 
@@ -149,35 +152,36 @@ def attend(
     """Attention with log-sum-exp, every head of a KV group reading the same keys.
 
     Args:
-        query: `[num_queries, num_heads, head_size]`.
-        key: `[num_kv_heads, num_keys, head_size]`.
-        value: `[num_kv_heads, num_keys, head_size]`.
+        query: `[batch, num_queries, num_heads, head_size]`.
+        key: `[batch, num_kv_heads, num_keys, head_size]`.
+        value: `[batch, num_kv_heads, num_keys, head_size]`.
         scale: Factor on the scores.
         softcap: See `focus_sdpa`.
-        mask: `[num_queries, num_keys]`, bool, or None for all; each query needs one key.
+        mask: `[batch, num_queries, num_keys]`, bool, or None for all; each query needs one key.
 
     Returns:
-        Output `[num_queries, num_heads, head_size]` and float32 `[num_queries, num_heads]`.
+        Output `[batch, num_queries, num_heads, head_size]` and float32 `[batch, num_queries, num_heads]`.
     """
-    num_queries, num_heads, head_size = query.shape
-    num_kv_heads = len(key)
+    batch, num_queries, num_heads, head_size = query.shape
+    num_kv_heads = key.shape[1]
     repeats = num_heads // num_kv_heads
     # A KV head's query heads become rows of one product, so that its keys are packed once.
-    rows = query.view(num_queries, num_kv_heads, repeats, head_size).permute(1, 2, 0, 3)
-    rows = rows.reshape(1, num_kv_heads, repeats * num_queries, head_size)
+    rows = query.view(batch, num_queries, num_kv_heads, repeats, head_size).permute(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, num_kv_heads, repeats * num_queries, head_size)
     bias = None
     if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf")).repeat(repeats, 1)
+        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        bias = bias.repeat(1, repeats, 1)[:, None]
     output, lse = (
-        _softcapped(rows, key[None], value[None], scale, softcap, bias)
+        _softcapped(rows, key, value, scale, softcap, bias)
         if softcap
         else torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, key[None], value[None], attn_mask=None if bias is None else bias[None, None], scale=scale
+            rows, key, value, attn_mask=bias, scale=scale
         )
     )
-    output = output.reshape(num_kv_heads, repeats, num_queries, head_size).permute(2, 0, 1, 3)
-    lse = lse.view(num_kv_heads, repeats, num_queries).permute(2, 0, 1)
-    return output.reshape(query.shape), lse.reshape(num_queries, num_heads)
+    output = output.reshape(batch, num_kv_heads, repeats, num_queries, head_size).permute(0, 3, 1, 2, 4)
+    lse = lse.reshape(batch, num_kv_heads, repeats, num_queries).permute(0, 3, 1, 2)
+    return output.reshape(query.shape), lse.reshape(batch, num_queries, num_heads)
 
 
 def _softcapped(
@@ -195,4 +199,3 @@ def _softcapped(
     lse = scores.logsumexp(dim=-1)
     weights = torch.exp(scores - lse[..., None]).to(value.dtype)
     return torch.matmul(weights, value), lse
-

@@ -1,0 +1,80 @@
+"""vLLM's own FlashAttention 3 as the path's `FlashAttention`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from vllm import vllm_flash_attn  # noqa: F401 - loads the operator
+
+from focus_vllm.kernels.near import Scores
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FlashAttention3:
+    """Calls the operator itself: vLLM's wrapper has no argument for the table row that a sequence reads."""
+
+    scores: Scores
+    num_splits: int = 0
+    """Most splits of one list; 0 leaves it to FlashAttention, which a CUDA graph must not."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        out: torch.Tensor,
+        block_table: torch.Tensor,
+        table_rows: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        seqused_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+    ) -> torch.Tensor:
+        scores = self.scores
+        descale_shape = (len(seqused_k), keys.shape[2])
+        descales = [
+            None if scale is None else scale.expand(descale_shape)
+            for scale in (scores.q_scale, scores.k_scale, scores.v_scale)
+        ]
+        result = torch.ops._vllm_fa3_C.fwd(
+            query,
+            keys,
+            values,
+            None,  # k_new
+            None,  # v_new
+            None,  # q_v
+            out,
+            cu_seqlens_q,
+            None,  # cu_seqlens_k
+            None,  # cu_seqlens_k_new
+            None,  # seqused_q
+            seqused_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            block_table,
+            table_rows,
+            None,  # leftpad_k
+            None,  # rotary_cos
+            None,  # rotary_sin
+            None,  # seqlens_rotary
+            *descales,
+            scores.scale,
+            causal,
+            -1,
+            -1,
+            scores.softcap,
+            True,  # rotary_interleaved
+            None,  # scheduler_metadata: list lengths are known on the device alone
+            self.num_splits,
+            None,  # pack_gqa
+            0,  # sm_margin
+            None,  # s_aux
+            1,  # cp_world_size
+            0,  # cp_rank
+            None,  # cp_tot_seqused_k
+        )
+        lse: torch.Tensor = result[1]
+        return lse

@@ -1,0 +1,214 @@
+"""Focus attention over a paged cache: lists, FlashAttention over lists, near part and merge.
+
+FlashAttention is an argument. On a GPU it is the one vLLM ships; anything else with the same meaning serves
+where there is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from focus_vllm.config import FocusConfig
+from focus_vllm.kernels.decode_lists import NO_BUDGET, PROGRAMS, build_decode_lists
+from focus_vllm.kernels.group_lists import build_group_lists, sort_queries
+from focus_vllm.kernels.near import Cache, NearKeys, Scores, near_and_merge
+from focus_vllm.kernels.plan import Far, PrefillPlan, far_mode
+
+
+class FlashAttention(Protocol):
+    """Variable-length attention over keys and values listed by slot."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        out: torch.Tensor,
+        block_table: torch.Tensor,
+        table_rows: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        seqused_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+    ) -> torch.Tensor:
+        """Attend, scaled and capped as the layer does.
+
+        Args:
+            query: `[num_queries, num_heads, head_size]`.
+            keys: `[num_slots, 1, num_kv_heads, head_size]`: pages of one slot.
+            values: As `keys`.
+            out: `[num_queries, num_heads, head_size]`, written; sequences without keys get zeros.
+            block_table: `[num_rows, max_seqlen_k]`, int32 slots.
+            table_rows: `[num_sequences]`, int32, the row each sequence reads; None for the row of its index.
+            cu_seqlens_q: `[num_sequences + 1]`, int32.
+            seqused_k: `[num_sequences]`, int32.
+            max_seqlen_q: At least the longest sequence of queries.
+            max_seqlen_k: At least the longest list.
+            causal: Align the sequences' ends and mask; otherwise every query attends to the whole list.
+
+        Returns:
+            The log-sum-exp, `[num_heads, num_queries]`, float32; infinite for a query without keys.
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillScratch:
+    """Buffers that every layer uses in turn."""
+
+    lists: torch.Tensor
+    """`[list_capacity]`, int32."""
+    query: torch.Tensor
+    """`[row_capacity, num_heads, head_size]`, the query's dtype."""
+    out: torch.Tensor
+    """`[row_capacity, num_heads, head_size]`, the output's dtype."""
+    near: NearKeys
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """Buffers that every layer uses in turn."""
+
+    lists: torch.Tensor
+    """`[num_rows, max_model_len]`, int32; more requests than rows take more than one FlashAttention call."""
+    counts: torch.Tensor
+    """int32: `decode_parts(count) * count` for the most requests at once."""
+    list_lens: torch.Tensor
+    """`[num_rows]`, int32."""
+    cu_seqlens_q: torch.Tensor
+    """`[num_rows + 1]`, int32: 0, 1, 2, ..."""
+
+
+def prefill_attention(
+    attention: FlashAttention,
+    waves: Sequence[PrefillPlan],
+    query: torch.Tensor,
+    out: torch.Tensor,
+    query_groups: torch.Tensor,
+    store: torch.Tensor,
+    cache: Cache,
+    config: FocusConfig,
+    scores: Scores,
+    scratch: PrefillScratch,
+) -> None:
+    """Focus attention of prefill chunks whose queries are all at positions >= dense_below.
+
+    Args:
+        attention: FlashAttention.
+        waves: From `plan_waves`.
+        query: `[num_tokens, num_heads, head_size]`.
+        out: `[num_tokens, num_heads, head_size]`; the rows of planned queries are written.
+        query_groups: `[>= num_tokens]`, Q of this step's tokens.
+        store: `[num_slots]`, G of every cached token, this step's too.
+        cache: The layer's keys and values, this step's too.
+        config: The mask's settings.
+        scores: The layer's scale and softcap.
+        scratch: Buffers with the capacities that `plan_waves` was given.
+    """
+    mode = far_mode(config)
+    for plan in waves:
+        far = None
+        if mode is not Far.NOTHING:
+            lists = build_group_lists(
+                plan, store, query_groups, cache.block_table, cache.block_size, config, scratch.lists
+            )
+            sorted_query = sort_queries(plan, query, lists, config, scratch.query)
+            far_out = scratch.out[: len(sorted_query)]
+            lse = attention(
+                sorted_query,
+                cache.keys,
+                cache.values,
+                out=far_out,
+                block_table=lists.slots,
+                table_rows=plan.table_rows if mode is Far.BLOCK else None,
+                cu_seqlens_q=lists.cu_seqlens_q,
+                seqused_k=lists.seqused_k,
+                max_seqlen_q=plan.max_queries,
+                max_seqlen_k=plan.max_keys,
+                causal=mode is Far.GROUP,
+            )
+            far = (far_out, lse, lists.row_of)
+        near_and_merge(plan, query, out, query_groups, store, cache, config, scores, far, scratch.near)
+
+
+def decode_attention(
+    attention: FlashAttention,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    key_groups: torch.Tensor,
+    query_groups: torch.Tensor,
+    store: torch.Tensor,
+    cache: Cache,
+    seq_lens: torch.Tensor,
+    config: FocusConfig,
+    scratch: DecodeScratch,
+    budget: int = NO_BUDGET,
+) -> None:
+    """Focus attention of one query per request; also stores the groups of its token.
+
+    Args:
+        attention: FlashAttention.
+        query: `[num_requests, num_heads, head_size]`.
+        out: `[num_requests, num_heads, head_size]`, written.
+        slot_mapping: `[>= num_requests]`, int64, the slots of the queries' tokens; -1 marks padding.
+        key_groups: `[>= num_requests]`, G of the queries' tokens.
+        query_groups: `[>= num_requests]`, Q of the queries.
+        store: `[num_slots]`, G of every cached token; the queries' own are written.
+        cache: The layer's keys and values, the queries' own too.
+        seq_lens: `[num_requests]`, int32, each query's own token included; 0 marks padding.
+        config: The mask's settings.
+        scratch: Buffers.
+        budget: Most far tokens per query; the latest are kept.
+    """
+    rows, max_model_len = scratch.lists.shape
+    for start in range(0, len(query), rows):
+        part = slice(start, min(start + rows, len(query)))
+        count = part.stop - start
+        list_lens = scratch.list_lens[:count]
+        build_decode_lists(
+            slot_mapping[part],
+            key_groups[part],
+            store,
+            query_groups[part],
+            cache.block_table[part],
+            cache.block_size,
+            seq_lens[part],
+            config,
+            scratch.counts,
+            scratch.lists[:count],
+            list_lens,
+            budget,
+        )
+        attention(
+            query[part],
+            cache.keys,
+            cache.values,
+            out=out[part],
+            block_table=scratch.lists[:count],
+            table_rows=None,
+            cu_seqlens_q=scratch.cu_seqlens_q[: count + 1],
+            seqused_k=list_lens,
+            max_seqlen_q=1,
+            max_seqlen_k=max_model_len,
+            causal=True,
+        )
+
+
+def decode_scratch_shapes(
+    max_num_reqs: int, max_model_len: int, list_bytes: int
+) -> tuple[tuple[int, int], tuple[int], tuple[int]]:
+    """Return the shapes of `DecodeScratch`'s lists, counts and list_lens; all int32.
+
+    Args:
+        max_num_reqs: Most requests in a step.
+        max_model_len: Longest request.
+        list_bytes: What the lists may take; one row always fits.
+    """
+    rows = max(1, min(max_num_reqs, list_bytes // (4 * max_model_len)))
+    return (rows, max_model_len), (max(2 * PROGRAMS, 4 * rows),), (rows,)

@@ -1,0 +1,270 @@
+"""How a step's prefill chunks are cut up: worked out on the host from lengths alone, once for all layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from focus_vllm.config import FocusConfig
+
+KEY_TILE = 1024
+QUERY_TILE = 128
+COPY_TILE = 32
+BLOCK_QUERIES = 1024
+"""Queries per block where a query attends to several groups; a multiple of QUERY_TILE."""
+EVERYTHING = 2**30
+
+
+class Far(enum.Enum):
+    """Which keys FlashAttention reads from lists; the near kernel evaluates the mask on the rest."""
+
+    GROUP = "group"
+    """key_k = top_k = 1. A chunk's queries of a group are the tail of their group's list, so one causal
+    call covers every same-group pair, near ones too."""
+    BLOCK = "block"
+    """key_k = 1. Queries in blocks; of every list they need a block reads what lies before its window."""
+    NOTHING = "nothing"
+    """key_k > 1: lists of different groups overlap, so the near kernel evaluates the mask on every key."""
+
+
+def far_mode(config: FocusConfig) -> Far:
+    """Return how prefill is divided for these settings."""
+    if config.key_k > 1:
+        return Far.NOTHING
+    return Far.GROUP if config.top_k == 1 else Far.BLOCK
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive queries of one request, all at positions >= dense_below."""
+
+    request: int
+    """Row of the block table."""
+    token: int
+    """Index of the first query in the batch."""
+    position: int
+    """Its position in the request."""
+    num_queries: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """One request's prefill queries of a step: positions [begin, end)."""
+
+    request: int
+    token: int
+    """Index of the first in the batch."""
+    begin: int
+    end: int
+
+    def num_dense(self, dense_below: int) -> int:
+        """Return how many, from the first on, attend to every earlier key."""
+        return max(min(self.end, dense_below) - self.begin, 0)
+
+    def routed(self, dense_below: int) -> Segment | None:
+        """Return the rest; None if there is none."""
+        skip = self.num_dense(dense_below)
+        count = self.end - self.begin - skip
+        return Segment(self.request, self.token + skip, self.begin + skip, count) if count else None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DenseQueries:
+    """A batch's prefill queries at positions below `dense_below`, as sequences of one stock call.
+
+    The queries between them are sequences without keys: FlashAttention writes zeros, the routed call
+    overwrites them.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    """`[num_sequences + 1]`, int32, from the first prefill query on."""
+    seqused_k: torch.Tensor
+    """`[num_sequences]`, int32."""
+    requests: torch.Tensor
+    """`[num_sequences]`, int32: rows of the block table."""
+    max_seqlen_q: int
+
+
+def dense_queries(chunks: Sequence[Chunk], dense_below: int, device: torch.device) -> DenseQueries | None:
+    """Return the dense part of a step's prefill chunks, which follow one another; None if it is empty."""
+    lengths, used, requests = [], [], []
+    for chunk in chunks:
+        dense = chunk.num_dense(dense_below)
+        for count, keys in ((dense, chunk.begin + dense), (chunk.end - chunk.begin - dense, 0)):
+            if count:
+                lengths.append(count)
+                used.append(keys)
+                requests.append(chunk.request)
+    if not any(used):
+        return None
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    cu_seqlens_q, *parts = to_device([starts, np.array(used), np.array(requests)], device)
+    return DenseQueries(cu_seqlens_q, parts[0], parts[1], max(lengths))
+
+
+FIELDS = 10
+"""Columns of `PrefillPlan.segments`: Segment's four, then its first key tile, query tile, block, sorted row,
+near tile and copied key."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """Segments that one set of launches serves, and which program works on which."""
+
+    num_segments: int
+    num_blocks: int
+    num_queries: int
+    num_key_tiles: int
+    num_query_tiles: int
+    num_near_tiles: int
+    num_copy_tiles: int
+    max_queries: int
+    """Most queries in one FlashAttention sequence, an upper bound."""
+    max_keys: int
+    """Keys in the longest segment's context: the length of a row of the group lists."""
+    segments: torch.Tensor
+    """`[num_segments, FIELDS]`, int32."""
+    key_tiles: torch.Tensor
+    """`[num_key_tiles]`, int32: the segment of each tile of KEY_TILE keys."""
+    query_tiles: torch.Tensor
+    """`[num_query_tiles]`, int32: the segment of each tile of QUERY_TILE queries."""
+    near_tiles: torch.Tensor
+    """`[num_near_tiles]`, int32: the segment of each tile of the near kernel."""
+    copy_tiles: torch.Tensor
+    """`[num_copy_tiles]`, int32: the segment of each tile of COPY_TILE keys copied for the near kernel."""
+    table_rows: torch.Tensor
+    """`[num_blocks * num_groups]`, int32: the list that each FlashAttention sequence reads."""
+
+
+def plan_waves(
+    segments: Sequence[Segment],
+    config: FocusConfig,
+    near_tile: int,
+    list_capacity: int,
+    row_capacity: int,
+    near_capacity: int,
+    device: torch.device,
+) -> list[PrefillPlan]:
+    """Divide segments into waves whose lists and sorted queries fit the scratch buffers.
+
+    Args:
+        segments: In any order.
+        config: The mask's settings.
+        near_tile: Queries per tile of the near kernel; divides BLOCK_QUERIES.
+        list_capacity: Entries that the group lists may take; at least num_groups times the longest context.
+        row_capacity: Queries, counted once for each of their groups, that the sorted buffer holds; at least
+            BLOCK_QUERIES * top_k.
+        near_capacity: Keys that the near kernel's copy holds; at least `near_keys` of BLOCK_QUERIES.
+        device: Where the plans go; one copy from pinned memory each.
+
+    Returns:
+        The plans, to be run one after another.
+    """
+    return [
+        _plan(wave, config, near_tile, device)
+        for wave in _waves(segments, config, list_capacity, row_capacity, near_capacity)
+    ]
+
+
+def _split(segment: Segment, most: int) -> Iterator[Segment]:
+    for start in range(0, segment.num_queries, most):
+        count = min(most, segment.num_queries - start)
+        yield Segment(segment.request, segment.token + start, segment.position + start, count)
+
+
+def near_keys(config: FocusConfig, num_queries: int) -> int:
+    """Return how many keys the near kernel needs at most: the sinks, a window and the queries' own."""
+    if far_mode(config) is Far.NOTHING:
+        return 0
+    return -(-(config.sink + config.window + num_queries) // COPY_TILE) * COPY_TILE
+
+
+def _waves(
+    segments: Sequence[Segment],
+    config: FocusConfig,
+    list_capacity: int,
+    row_capacity: int,
+    near_capacity: int,
+) -> Iterator[list[Segment]]:
+    most = row_capacity // config.top_k // BLOCK_QUERIES * BLOCK_QUERIES
+    while near_keys(config, most) > near_capacity:
+        most -= BLOCK_QUERIES
+    wave: list[Segment] = []
+    keys = queries = near = 0
+    for piece in (piece for segment in segments for piece in _split(segment, most)):
+        end, copied = piece.position + piece.num_queries, near_keys(config, piece.num_queries)
+        keys, queries, near = max(keys, end), queries + piece.num_queries, near + copied
+        lists = (len(wave) + 1) * config.num_groups * _row_length(keys)
+        full = lists > list_capacity or queries * config.top_k > row_capacity or near > near_capacity
+        if wave and full:
+            yield wave
+            wave, keys, queries, near = [], end, piece.num_queries, copied
+        wave.append(piece)
+    if wave:
+        yield wave
+
+
+def _row_length(keys: int) -> int:
+    return -(-keys // 4) * 4
+
+
+def list_capacity(config: FocusConfig, max_model_len: int, at_least: int) -> int:
+    """Return how many list entries serve any single request, and `at_least`."""
+    return max(config.num_groups * _row_length(max_model_len), at_least)
+
+
+def _cumulative(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)[:-1]])
+
+
+def _plan(wave: list[Segment], config: FocusConfig, near_tile: int, device: torch.device) -> PrefillPlan:
+    table = np.array([dataclasses.astuple(segment) for segment in wave], dtype=np.int64)
+    position, queries = table[:, 2], table[:, 3]
+    # One tile more than the keys need: it writes the length of a list that ends on a tile's edge.
+    key_tiles = (position + queries) // KEY_TILE + 1
+    query_tiles = -(-queries // QUERY_TILE)
+    blocks = -(-queries // BLOCK_QUERIES) if far_mode(config) is Far.BLOCK else np.ones_like(queries)
+    near_tiles = -(-queries // near_tile)
+    copied = np.array([near_keys(config, segment.num_queries) for segment in wave])
+    parts = (key_tiles, query_tiles, blocks, queries * config.top_k, near_tiles, copied)
+    fields = np.concatenate([table, np.stack([_cumulative(part) for part in parts], axis=1)], axis=1)
+    copy_tiles = copied // COPY_TILE
+    index = np.arange(len(wave))
+    block_segment = np.repeat(index, blocks)
+    rows = block_segment[:, None] * config.num_groups + np.arange(config.num_groups)
+    arrays = [
+        fields,
+        *(np.repeat(index, part) for part in (key_tiles, query_tiles, near_tiles, copy_tiles)),
+        rows,
+    ]
+    on_device = to_device(arrays, device)
+    longest = int(queries.max())
+    return PrefillPlan(
+        num_segments=len(wave),
+        num_blocks=int(blocks.sum()),
+        num_queries=int(queries.sum()),
+        num_key_tiles=int(key_tiles.sum()),
+        num_query_tiles=int(query_tiles.sum()),
+        num_near_tiles=int(near_tiles.sum()),
+        num_copy_tiles=int(copy_tiles.sum()),
+        max_queries=min(longest, BLOCK_QUERIES) if far_mode(config) is Far.BLOCK else longest,
+        max_keys=_row_length(int((position + queries).max())),
+        segments=on_device[0],
+        key_tiles=on_device[1],
+        query_tiles=on_device[2],
+        near_tiles=on_device[3],
+        copy_tiles=on_device[4],
+        table_rows=on_device[5],
+    )
+
+
+def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Copy integer arrays as int32 in one transfer, flattened; the host does not wait for it."""
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int32))
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    return list(torch.split(flat, [array.size for array in arrays]))

@@ -1,0 +1,86 @@
+"""Compile the kernels before the first request: a run of each on one made-up request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from focus_vllm.config import FocusConfig
+from focus_vllm.kernels.attention import (
+    DecodeScratch,
+    PrefillScratch,
+    decode_attention,
+    prefill_attention,
+)
+from focus_vllm.kernels.near import Cache, Scores, near_tile
+from focus_vllm.kernels.plan import Segment, plan_waves
+from focus_vllm.kernels.store import write_store
+from focus_vllm.routing import mask_dtype
+
+QUERIES = 64
+
+
+def _no_attention(query: torch.Tensor, *_: Any, out: torch.Tensor, **__: Any) -> torch.Tensor:
+    out.zero_()
+    return torch.zeros(query.shape[1], len(query), device=query.device)
+
+
+def compile_kernels(
+    config: FocusConfig,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    num_kv_heads: int,
+    cache_dtype: torch.dtype,
+    scores: Scores,
+    prefill: PrefillScratch,
+    decode: DecodeScratch,
+) -> None:
+    """Run prefill and decode once, without FlashAttention, on data of the shapes and dtypes to come.
+
+    Args:
+        config: The mask's settings.
+        query: `[num_tokens, num_heads, head_size]`; overwritten.
+        out: `[num_tokens, num_heads, head_size]`; overwritten.
+        num_kv_heads: Key-value heads.
+        cache_dtype: Of the KV cache.
+        scores: The layer's scale and softcap.
+        prefill: Buffers.
+        decode: Buffers.
+    """
+    count = min(QUERIES, len(query))
+    _, num_heads, head_size = query.shape
+    block_size = 16
+    pages = torch.zeros(block_size, 1, num_kv_heads, 2 * head_size, device=query.device).to(cache_dtype)
+    block_table = torch.zeros(1, 2 * QUERIES // block_size, dtype=torch.int32, device=query.device)
+    keys, values = torch.split(pages, head_size, dim=-1)
+    cache = Cache(keys, values, block_table, block_size)
+    dtype = mask_dtype(config.num_groups)
+    store = torch.ones(block_size, dtype=dtype, device=query.device)
+    bits = torch.tensor((1 << config.top_k) - 1, device=query.device).to(dtype)
+    query_groups = bits.expand(len(query)).contiguous()
+    query.zero_()
+    capacities = (prefill.lists.numel(), len(prefill.query), len(prefill.near.keys) or QUERIES)
+    waves = plan_waves(
+        [Segment(0, 0, QUERIES, count)],
+        config,
+        near_tile(num_heads // num_kv_heads),
+        *capacities,
+        query.device,
+    )
+    prefill_attention(_no_attention, waves, query, out, query_groups, store, cache, config, scores, prefill)
+    slots = torch.zeros(1, dtype=torch.int64, device=query.device)
+    decode_attention(
+        _no_attention,
+        query[:1],
+        out[:1],
+        slots,
+        query_groups,
+        query_groups,
+        store,
+        cache,
+        slots.int(),
+        config,
+        decode,
+    )
+    write_store(store, slots, query_groups)

@@ -1,0 +1,354 @@
+"""The GPU path against the definition, without a GPU: Triton's interpreter and a slow FlashAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from focus_vllm.config import FocusConfig
+from focus_vllm.kernels import decode_lists
+from focus_vllm.kernels.attention import (
+    DecodeScratch,
+    FlashAttention,
+    PrefillScratch,
+    decode_attention,
+    decode_scratch_shapes,
+    prefill_attention,
+)
+from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
+from focus_vllm.kernels.plan import Chunk, Segment, dense_queries, list_capacity, near_keys, plan_waves
+from focus_vllm.kernels.routing import device_weight, route_into
+from focus_vllm.kernels.store import write_store
+from focus_vllm.kernels.warmup import compile_kernels
+from focus_vllm.reference import masked_attention
+from focus_vllm.routing import mask_dtype, route
+from loadtest.paged import PagedBatch, make_batch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class SlowFlashAttention:
+    """FlashAttention's meaning by loops over sequences: paged keys, log-sum-exp."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores = scores
+
+    def __call__(
+        self, query, keys, values, *, out, block_table, table_rows, cu_seqlens_q, seqused_k,
+        max_seqlen_q, max_seqlen_k, causal,
+    ) -> torch.Tensor:  # fmt: skip
+        lse = torch.full((query.shape[1], len(query)), float("inf"), device=query.device)
+        starts = cu_seqlens_q.tolist()
+        assert starts[-1] == len(query) == len(out)
+        for sequence, used in enumerate(seqused_k.tolist()):
+            rows = slice(starts[sequence], starts[sequence + 1])
+            count = rows.stop - rows.start
+            assert count <= max_seqlen_q
+            assert used <= max_seqlen_k
+            if count == 0:
+                continue
+            row = sequence if table_rows is None else int(table_rows[sequence])
+            page_size = keys.shape[1]
+            position = torch.arange(used, device=query.device)
+            slots = block_table[row, position // page_size].long() * page_size + position % page_size
+            mask = torch.ones(count, used, dtype=torch.bool, device=query.device)
+            if causal:
+                mask = mask.tril(used - count)
+            part, part_lse = masked_attention(
+                query[rows],
+                keys.flatten(0, 1)[slots],
+                values.flatten(0, 1)[slots],
+                mask,
+                self.scores.scale,
+                self.scores.softcap,
+            )
+            out[rows] = part.to(out.dtype)
+            lse[:, rows] = part_lse.T.nan_to_num(neginf=float("inf"))
+        return lse
+
+
+def out_dtype_of(batch: PagedBatch) -> torch.dtype:
+    return torch.bfloat16 if batch.query.element_size() == 1 else batch.query.dtype
+
+
+def prefill_scratch(batch: PagedBatch, lists: int, rows: int, near: int) -> PrefillScratch:
+    _, num_heads, head_size = batch.query.shape
+    out_dtype = out_dtype_of(batch)
+    sizes = (
+        [(rows, num_heads, head_size)] + [(near, batch.cache.shape[2], head_size)] * 2 + [(near, GROUP_BITS)]
+    )
+    out, *copies = (torch.full(size, float("nan"), dtype=out_dtype, device=DEVICE) for size in sizes)
+    query = torch.full((rows, num_heads, head_size), float("nan"), dtype=batch.query.dtype, device=DEVICE)
+    slots = torch.full((lists,), -(2**31), dtype=torch.int32, device=DEVICE)
+    return PrefillScratch(slots, query, out, NearKeys(*copies))
+
+
+def decode_scratch(num_requests: int, longest: int, list_bytes: int) -> DecodeScratch:
+    shapes = decode_scratch_shapes(num_requests, longest, list_bytes)
+    buffers = [torch.full(shape, -(2**31), dtype=torch.int32, device=DEVICE) for shape in shapes]
+    return DecodeScratch(*buffers, torch.arange(len(buffers[2]) + 1, dtype=torch.int32, device=DEVICE))
+
+
+def prefill(
+    batch: PagedBatch,
+    *,
+    softcap: float = 0.0,
+    row_capacity: int = 8192,
+    near_capacity: int | None = None,
+    lists: int = 0,
+    flash: Callable[[Scores], FlashAttention] = SlowFlashAttention,
+    scales: tuple[torch.Tensor, ...] = (),
+) -> torch.Tensor:
+    _, num_heads, head_size = batch.query.shape
+    num_kv_heads = batch.cache.shape[2]
+    scores = Scores(head_size**-0.5, softcap, *scales)
+    starts = batch.query_start_loc
+    segments = []
+    for request, (length, queries) in enumerate(zip(batch.seq_lens, batch.query_lens, strict=True)):
+        skip = max(0, batch.config.dense_below - (length - queries))
+        if skip < queries:
+            position = length - queries + skip
+            segments.append(Segment(request, starts[request] + skip, position, queries - skip))
+    capacity = list_capacity(batch.config, max(batch.seq_lens), lists)
+    near_capacity = near_keys(batch.config, row_capacity) if near_capacity is None else near_capacity
+    tile = near_tile(num_heads // num_kv_heads)
+    waves = plan_waves(
+        segments, batch.config, tile, capacity, row_capacity, near_capacity, batch.query.device
+    )
+    scratch = prefill_scratch(batch, capacity, row_capacity, near_capacity)
+    out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
+    prefill_attention(
+        flash(scores), waves, batch.query, out, batch.query_groups, batch.store, batch.paged,
+        batch.config, scores, scratch,
+    )  # fmt: skip
+    return out
+
+
+def decode(
+    batch: PagedBatch,
+    *,
+    softcap: float = 0.0,
+    list_bytes: int = 2**20,
+    budget: int = 2**30,
+    flash: Callable[[Scores], FlashAttention] = SlowFlashAttention,
+    scales: tuple[torch.Tensor, ...] = (),
+) -> torch.Tensor:
+    scores = Scores(batch.query.shape[-1] ** -0.5, softcap, *scales)
+    scratch = decode_scratch(len(batch.seq_lens), max(batch.seq_lens), list_bytes)
+    out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
+    seq_lens = torch.tensor(batch.seq_lens, dtype=torch.int32, device=DEVICE)
+    slots = torch.stack([batch.slots(request)[-1] for request in range(len(batch.seq_lens))])
+    groups = batch.store[slots]
+    batch.store[slots] = 0
+    decode_attention(
+        flash(scores), batch.query, out, slots, groups, batch.query_groups, batch.store, batch.paged,
+        seq_lens, batch.config, scratch, budget,
+    )  # fmt: skip
+    assert torch.equal(batch.store[slots], groups)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs programs one after another."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(decode_lists, "PROGRAMS", 8)
+
+
+def assert_matches_definition(
+    batch: PagedBatch, out: torch.Tensor, softcap: float = 0.0, from_position: int | None = None
+) -> None:
+    tolerance = 2e-3 if out.dtype == torch.float32 else 1e-2
+    for request, start in enumerate(batch.query_start_loc[:-1]):
+        queries = batch.query_lens[request]
+        # What `prefill` leaves to the stock call is not in its output.
+        first = batch.config.dense_below if from_position is None and queries > 1 else from_position or 0
+        skip = min(queries, max(0, first - (batch.seq_lens[request] - queries)))
+        if skip == queries:
+            continue
+        expected = batch.reference(request, slice(skip, queries), batch.query.shape[-1] ** -0.5, softcap)
+        got = out[start + skip : start + queries].float()
+        error = ((got - expected).norm() / expected.norm()).item()
+        assert error < tolerance, f"request {request}: relative error {error}"
+
+
+CHANGES = [{"sink": 0}, {"window": 0}, {"sink": 70}, {"window": 5000}, {"dense_below": 40}]
+SHAPES = {
+    "gqa": {"num_heads": 4, "num_kv_heads": 2, "head_size": 64},
+    "mha": {"num_heads": 2, "num_kv_heads": 2, "head_size": 32},
+    "mqa": {"num_heads": 3, "num_kv_heads": 1, "head_size": 96},
+    "wide": {"num_heads": 2, "num_kv_heads": 1, "head_size": 256},
+}
+GROUPS = {"1/1": (8, 1, 1), "1/2": (8, 1, 2), "1/4": (16, 1, 4), "2/2": (8, 2, 2), "1/3 of 5": (5, 1, 3)}
+RAGGED = {"seq_lens": [1, 15, 16, 17, 1000, 1300], "query_lens": [1, 15, 3, 17, 100, 1050]}
+SHORTER = {"seq_lens": [1, 15, 16, 17, 300], "query_lens": [1, 15, 3, 17, 150]}
+
+
+def settings(groups: str, **changes: int) -> FocusConfig:
+    num_groups, key_k, top_k = GROUPS[groups]
+    defaults = {"window": 50, "sink": 4, "dense_below": 0}
+    return FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k, **{**defaults, **changes})
+
+
+def batch_of(
+    config: FocusConfig, shape: str = "gqa", dtype: torch.dtype = torch.float32, **lengths
+) -> PagedBatch:
+    lengths = lengths or RAGGED
+    return make_batch(config=config, **lengths, **SHAPES[shape], dtype=dtype, device=DEVICE, seed=7)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_prefill_of_ragged_chunks_follows_the_definition(groups):
+    batch = batch_of(settings(groups), **RAGGED if groups == "1/2" else SHORTER)
+    assert_matches_definition(batch, prefill(batch, row_capacity=8192))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prefill_follows_the_definition_for_every_head_shape(shape):
+    batch = batch_of(settings("1/2"), shape, seq_lens=[400], query_lens=[150])
+    assert_matches_definition(batch, prefill(batch))
+
+
+def test_prefill_in_half_precision_stays_close_to_the_definition():
+    batch = batch_of(settings("1/1"), dtype=torch.float16, seq_lens=[300], query_lens=[200])
+    assert_matches_definition(batch, prefill(batch))
+
+
+@pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])
+def test_prefill_with_softcap_follows_the_definition(groups):
+    batch = batch_of(settings(groups), seq_lens=[300], query_lens=[200])
+    assert_matches_definition(batch, prefill(batch, softcap=2.0), softcap=2.0)
+
+
+@pytest.mark.parametrize("groups", ["1/1", "1/2"])
+@pytest.mark.parametrize("changes", CHANGES)
+def test_prefill_follows_the_definition_at_the_edges_of_the_settings(groups, changes):
+    batch = batch_of(settings(groups, **changes), seq_lens=[210, 33], query_lens=[150, 33])
+    assert_matches_definition(batch, prefill(batch))
+
+
+@pytest.mark.parametrize("groups", ["1/1", "1/4"])
+def test_prefill_in_several_waves_gives_what_one_wave_gives(groups):
+    config = settings(groups)
+    batch = batch_of(config, seq_lens=[90, 1100, 300, 80], query_lens=[80, 1050, 20, 7])
+    split = prefill(batch, row_capacity=1024 * config.top_k)
+    assert_matches_definition(batch, split)
+
+
+@pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])
+def test_list_that_ends_on_the_edge_of_a_tile_is_read_whole(groups):
+    batch = batch_of(settings(groups), seq_lens=[1024, 2048], query_lens=[20, 20])
+    assert_matches_definition(batch, prefill(batch))
+
+
+def test_chunk_whose_tokens_share_one_group_follows_the_definition():
+    batch = batch_of(settings("1/1"), seq_lens=[1100], query_lens=[1060])
+    batch.store.fill_(4)
+    batch.query_groups.fill_(4)
+    assert_matches_definition(batch, prefill(batch))
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_decode_follows_the_definition(groups):
+    lengths = [1, 15, 16, 17, 1000, 3333]
+    batch = batch_of(settings(groups), seq_lens=lengths, query_lens=[1] * len(lengths))
+    assert_matches_definition(batch, decode(batch))
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_decode_follows_the_definition_at_the_edges_of_the_settings(changes):
+    batch = batch_of(settings("1/1", **changes), seq_lens=[210, 33, 40, 41], query_lens=[1] * 4)
+    assert_matches_definition(batch, decode(batch))
+
+
+def test_decode_in_several_calls_gives_what_one_call_gives():
+    batch = batch_of(settings("1/2"), seq_lens=[210, 33, 500], query_lens=[1] * 3)
+    assert torch.equal(decode(batch, list_bytes=1), decode(batch))
+
+
+def test_decode_budget_keeps_the_latest_far_tokens():
+    config = settings("1/1", window=10, sink=2)
+    batch = batch_of(config, seq_lens=[3000], query_lens=[1])
+    slots = batch.slots(0)
+    far = torch.arange(2, 2989, device=DEVICE)
+    shared = far[(batch.store[slots[far]] & batch.query_groups[0]) != 0]
+    batch.store[slots[shared[:-30]]] = 0
+    expected = decode(batch)
+    batch.store[slots[shared[:-30]]] = batch.query_groups[0]
+    assert torch.equal(decode(batch, budget=30), expected)
+    assert not torch.equal(decode(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "key_k", "top_k"), [(8, 1, 1), (8, 1, 2), (16, 2, 4), (5, 5, 5), (32, 1, 3)]
+)
+@pytest.mark.parametrize("num_tokens", [1, 15, 33])
+def test_routing_kernel_chooses_the_groups_of_the_definition(num_groups, key_k, top_k, num_tokens):
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden = torch.randn(num_tokens, 320, generator=generator).half().to(DEVICE)
+    weight = torch.randn(num_groups, 320, generator=generator).to(DEVICE)
+    bias = torch.randn(num_groups, generator=generator).to(DEVICE)
+    keys, queries = (torch.zeros(64, dtype=mask_dtype(num_groups), device=DEVICE) for _ in range(2))
+    route_into(hidden, device_weight(weight, hidden.dtype), bias, keys, queries, key_k, top_k)
+    expected_keys, expected_queries = route(hidden, weight, bias, key_k, top_k)
+    assert torch.equal(keys[:num_tokens], expected_keys)
+    assert torch.equal(queries[:num_tokens], expected_queries)
+    assert not keys[num_tokens:].any()
+
+
+def test_hidden_states_that_are_not_numbers_still_get_their_number_of_groups():
+    hidden = torch.full((3, 64), float("nan"), device=DEVICE)
+    weight = device_weight(torch.ones(8, 64, device=DEVICE), hidden.dtype)
+    bias = torch.zeros(8, device=DEVICE)
+    keys, queries = (torch.zeros(3, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    route_into(hidden, weight, bias, keys, queries, 1, 3)
+    assert keys.tolist() == [1] * 3
+    assert queries.tolist() == [7] * 3
+
+
+def test_route_refuses_a_chunk_longer_than_its_buffers():
+    hidden, weight, bias = torch.zeros(5, 64), torch.zeros(8, 64), torch.zeros(8)
+    short = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="hold 4 tokens, the chunk has 5"):
+        route_into(hidden, weight, bias, short, short, 1, 1)
+
+
+def test_store_is_written_at_the_slots_and_padding_is_skipped():
+    store = torch.zeros(50, dtype=torch.uint8, device=DEVICE)
+    slots = torch.tensor([7, -1, 49, 0, -1], device=DEVICE)
+    groups = torch.tensor([1, 2, 4, 8, 16, 32], dtype=torch.uint8, device=DEVICE)
+    write_store(store, slots, groups)
+    assert store.nonzero().flatten().tolist() == [0, 7, 49]
+    assert store[[0, 7, 49]].tolist() == [8, 1, 4]
+
+
+@pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])
+def test_kernels_are_compiled_without_a_request(groups):
+    config = settings(groups, dense_below=2048)
+    batch = batch_of(config, seq_lens=[64], query_lens=[64])
+    out = torch.full_like(batch.query, float("nan"))
+    scratch = prefill_scratch(batch, list_capacity(config, 128, 0), 8192, near_keys(config, 8192))
+    decode = decode_scratch(4, 128, 2**20)
+    compile_kernels(config, batch.query, out, 2, batch.cache.dtype, Scores(0.1), scratch, decode)
+    assert (out == 0).all()
+
+
+def test_chunk_is_cut_at_dense_below():
+    assert Chunk(2, 10, 0, 100).routed(100) is None
+    assert Chunk(2, 10, 0, 100).num_dense(200) == 100
+    assert Chunk(2, 10, 30, 100).routed(60) == Segment(2, 40, 60, 40)
+    assert Chunk(2, 10, 70, 100).routed(60) == Segment(2, 10, 70, 30)
+    assert Chunk(2, 10, 70, 100).num_dense(60) == 0
+
+
+def test_dense_queries_skip_over_routed_ones():
+    chunks = [Chunk(3, 5, 0, 40), Chunk(4, 45, 90, 110), Chunk(5, 65, 200, 230)]
+    dense = dense_queries(chunks, 100, torch.device("cpu"))
+    assert dense is not None
+    assert dense.cu_seqlens_q.tolist() == [0, 40, 50, 60, 90]
+    assert dense.seqused_k.tolist() == [40, 100, 0, 0]
+    assert dense.requests.tolist() == [3, 4, 4, 5]
+    assert dense.max_seqlen_q == 40
+    assert dense_queries(chunks[2:], 100, torch.device("cpu")) is None

@@ -1,0 +1,105 @@
+"""What Focus refuses to serve, and how it says so."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from adapters import DEMO, random_adapter
+from transformers import AutoConfig
+
+from focus_vllm.adapter import AdapterError
+from focus_vllm.engine.settings import FocusUnsupportedError, read_settings
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return random_adapter(DEMO, tmp_path / "focus.safetensors")
+
+
+def vllm_config(focus, **changes):
+    """Build the parts of vLLM's configuration that Focus reads."""
+    values = {
+        "hf_config": AutoConfig.from_pretrained(DEMO),
+        "use_mla": False,
+        "kv_transfer_config": None,
+        "lora_config": None,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "cache_dtype": "auto",
+        **changes,
+    }
+    parts = SimpleNamespace(**values)
+    return SimpleNamespace(
+        additional_config={} if focus is None else {"focus": focus},
+        model_config=SimpleNamespace(model="demo", hf_config=parts.hf_config, use_mla=parts.use_mla),
+        parallel_config=parts,
+        cache_config=parts,
+        device_config=SimpleNamespace(device_type="cpu"),
+        kv_transfer_config=parts.kv_transfer_config,
+        lora_config=parts.lora_config,
+    )
+
+
+def test_without_focus_in_the_configuration_there_are_no_settings():
+    assert read_settings(vllm_config(None)) is None
+
+
+def test_settings_of_the_user_override_those_of_the_adapter(adapter):
+    settings = read_settings(vllm_config({"adapter": str(adapter), "top_k": 3, "dense_layers": [1]}))
+    assert (settings.config.top_k, settings.config.dense_layers) == (3, (1,))
+    assert settings.adapter.config.top_k == 1
+
+
+def test_everything_unsupported_is_refused_in_one_message(adapter):
+    config = vllm_config(
+        {"adapter": str(adapter)},
+        use_mla=True,
+        kv_transfer_config=object(),
+        lora_config=object(),
+        decode_context_parallel_size=2,
+        prefill_context_parallel_size=4,
+        cache_dtype="fp8",
+        hf_config=AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=2),
+    )
+    with pytest.raises(FocusUnsupportedError) as error:
+        read_settings(config)
+    message = str(error.value)
+    for part in ("MLA", "KV connector", "LoRA", "decode_context_parallel_size is 2", "is 4", "'fp8'"):
+        assert part in message
+    assert "hidden_size 256" in message
+    assert "the model has 64" in message
+
+
+@pytest.mark.parametrize(
+    ("focus", "expected"),
+    [
+        ("focus.safetensors", 'expected {"adapter": "FILE.safetensors"}'),
+        ({"top_k": 2}, 'expected {"adapter": "FILE.safetensors"}'),
+    ],
+)
+def test_a_focus_setting_without_an_adapter_is_refused(focus, expected):
+    with pytest.raises(FocusUnsupportedError) as error:
+        read_settings(vllm_config(focus))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"group_dim": 8}, "['group_dim'] cannot be given"),
+        ({"top_k": 99}, "top_k (99) must be <= num_groups"),
+    ],
+)
+def test_a_wrong_override_is_refused(adapter, overrides, expected):
+    with pytest.raises(FocusUnsupportedError) as error:
+        read_settings(vllm_config({"adapter": str(adapter), **overrides}))
+    assert expected in str(error.value)
+
+
+def test_a_missing_or_broken_adapter_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter file"):
+        read_settings(vllm_config({"adapter": str(tmp_path / "none.safetensors")}))
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08")
+    with pytest.raises(AdapterError, match="not a complete safetensors file"):
+        read_settings(vllm_config({"adapter": str(tmp_path / "broken.safetensors")}))
