@@ -28,7 +28,8 @@ class FocusConfig:
     """A query at position i always attends to keys j with i - j <= window, in tokens."""
     sink: int = 4
     """Leading tokens that every query attends to."""
-    dense_below: int = 2048
+    # Just above where Focus and dense prefill cross on an H200 (docs/performance.md, 2026-11-22).
+    dense_below: int = 4096
     """Queries at positions below this attend to every earlier key."""
     dense_layers: tuple[int, ...] = ()
     """Layers, by index, that stay dense."""

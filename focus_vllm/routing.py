@@ -46,10 +46,9 @@ def top_groups(scores: torch.Tensor, k: int) -> torch.Tensor:
     """
     num_groups = scores.shape[-1]
     if k == 1:  # argmax takes the first of equals, as the stable sort does
-        order = scores.argmax(dim=-1, keepdim=True)
+        bits = 1 << scores.argmax(dim=-1)
     else:
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    bits = torch.ones_like(order).bitwise_left_shift(order).sum(dim=-1)
+        bits = (1 << scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]).sum(dim=-1)
     return bits.to(mask_dtype(num_groups))
 
 

@@ -3,19 +3,22 @@
     python -m loadtest.cpu --output cpu.json
 
 Both sides are vLLM offline with the same settings in processes of their own, started in turn (stock, Focus,
-stock, ...); a figure is the median over rounds. Prompts are random tokens; groups are the adapter's.
-Attention is the wall time inside vLLM's attention implementation, all layers.
+stock, ...); a figure is the median over rounds. Attention is the wall time inside vLLM's attention
+implementation, all layers. Prompts are random tokens, for which the potentials are calibrated again, so that
+groups are as balanced as on the text that an adapter was trained for.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from typing import Any
 DEMO = Path(__file__).parent.parent / "focus_vllm" / "demo"
 FIGURES = ("prefill", "prefill_attention", "decode", "decode_attention")
 DECODE_STEPS = 32
+CALIBRATION_TOKENS = 8192
 
 
 def main() -> None:
@@ -48,11 +52,40 @@ def main() -> None:
         report(arguments)
 
 
+def random_prompt(length: int) -> list[int]:
+    """Return the same random tokens on every call."""
+    import torch
+
+    return torch.randint(5, 16000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def balance(model: Path, source: Path, target: Path) -> None:
+    """Copy an adapter with its potentials calibrated on random tokens, layer by layer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from focus_vllm.adapter import load_adapter, save_adapter
+    from focus_vllm.routing import sinkhorn
+    from focus_vllm.training.hf import attach
+
+    adapter = load_adapter(source)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = torch.tensor([random_prompt(CALIBRATION_TOKENS)])
+    layers = dict(adapter.layers)
+    with torch.no_grad(), attach(loaded, adapter.config, layers) as routed:
+        loaded.base_model(input_ids=tokens, use_cache=False)
+        for index, router in layers.items():
+            scores = routed[index].scores
+            assert scores is not None
+            potential = router.potential + sinkhorn(scores[0], 200)[1]
+            layers[index] = dataclasses.replace(router, potential=potential)
+    save_adapter(dataclasses.replace(adapter, layers=layers), target)
+
+
 def measure(
     model: Path, focus: dict[str, Any] | None, lengths: list[int], dtype: Any
 ) -> list[dict[str, float]]:
     """Time one engine in this process; seconds, decode per token."""
-    import torch
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
@@ -64,13 +97,13 @@ def measure(
         additional_config={"focus": focus} if focus else {},
     )
     clock = AttentionClock()
-    generator = torch.Generator().manual_seed(0)
     results = []
     params = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, max_tokens=DECODE_STEPS + 1)
     for length in [300, *lengths]:  # the first one warms up
-        prompt = torch.randint(5, 16000, (length,), generator=generator).tolist()
         clock.reset()
-        output = llm.generate([TokensPrompt(prompt_token_ids=prompt)], params, use_tqdm=False)[0]
+        output = llm.generate([TokensPrompt(prompt_token_ids=random_prompt(length))], params, use_tqdm=False)[
+            0
+        ]
         metrics: Any = output.metrics
         results.append(
             {
@@ -127,7 +160,10 @@ def report(arguments: argparse.Namespace) -> None:
     import torch
     import vllm
 
-    focus = {"adapter": str(arguments.adapter), **arguments.focus}
+    scratch = tempfile.TemporaryDirectory()
+    balanced = Path(scratch.name, arguments.adapter.name)
+    balance(arguments.model, arguments.adapter, balanced)
+    focus = {"adapter": str(balanced), **arguments.focus}
     rounds: dict[str, list[list[dict[str, float]]]] = {"stock": [], "focus": []}
     for number in range(arguments.rounds):
         for side, settings in (("stock", None), ("focus", focus)):
@@ -140,6 +176,7 @@ def report(arguments: argparse.Namespace) -> None:
         ]
         for side, runs in rounds.items()
     }
+    scratch.cleanup()
     sys.stdout.write(_table(arguments.lengths, medians) + "\n")
     if arguments.output:
         conditions = {

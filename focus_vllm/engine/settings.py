@@ -99,4 +99,9 @@ def _refusals(vllm_config: VllmConfig, adapter: Adapter) -> list[str]:
     if vllm_config.device_config.device_type == "cpu":
         dtype = vllm_config.cache_config.cache_dtype
         checks.append((dtype.startswith("fp8"), f"kv_cache_dtype {dtype!r} on the CPU: use 'auto'"))
+    else:
+        from vllm import envs
+
+        layout = envs.VLLM_KV_CACHE_LAYOUT
+        checks.append((layout == "HND", "the KV cache layout is HND: unset VLLM_KV_CACHE_LAYOUT"))
     return reasons + [reason for unsupported, reason in checks if unsupported]
