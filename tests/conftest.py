@@ -19,3 +19,8 @@ if not torch.cuda.is_available():
 
         import focus_vllm.kernels.routing
         import focus_vllm.kernels.warmup  # noqa: F401
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run engines last: vLLM patches the transformers classes that it runs, for the whole process."""
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
