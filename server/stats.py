@@ -68,8 +68,9 @@ class StatsPoller:
         """Read again, or join the read under way; False if it failed or took over `timeout` seconds."""
         if self._pending is None or self._pending.done():
             self._pending = asyncio.create_task(self._read())
-        done, _ = await asyncio.wait({self._pending}, timeout=timeout)
-        if done and (error := self._pending.exception()):
+        pending = self._pending  # another caller may start the next read while this one waits
+        done, _ = await asyncio.wait({pending}, timeout=timeout)
+        if done and (error := pending.exception()):
             logger.warning("Cannot read attention statistics: %s", error)
             return False
         return bool(done)
