@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from focus_vllm.config import FocusConfig
 from server.endpoints import FocusEndpointPlugin, curl_line
 from server.errors import LaunchError
+from server.metrics import GateMetrics
 from server.stats import StatsPoller
 
 Scenario = Callable[[httpx.AsyncClient], Awaitable[None]]
@@ -308,3 +309,25 @@ def test_the_plugin_fits_vllms_contract() -> None:
     from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
     assert isinstance(FocusEndpointPlugin(), EndpointPlugin)
+
+
+def test_the_gate_counts_responses_refusals_and_requests_under_way() -> None:
+    registry = CollectorRegistry()
+    gate = GateMetrics(registry)
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    assert value("focus_rejected_total", reason="too_large") == 0
+    assert value("focus_stream_incomplete_total", kind="disconnect") == 0
+    gate.set_state(ready=True, draining=False)
+    gate.started("/v1/completions")
+    gate.started("/v1/completions")
+    gate.finished("/v1/completions", "POST", 503)
+    gate.rejected("queue")
+    gate.stream_incomplete("no_done")
+    assert value("focus_http_inflight", route="/v1/completions") == 1
+    assert value("focus_http_requests_total", route="/v1/completions", method="POST", code="503") == 1
+    assert value("focus_rejected_total", reason="queue") == 1
+    assert value("focus_stream_incomplete_total", kind="no_done") == 1
+    assert (value("focus_ready"), value("focus_draining")) == (1, 0)
