@@ -1,4 +1,4 @@
-"""Programs that are in no Python package: from PATH, or out of Debian packages, unpacked beside the venv's own."""
+"""Programs that are in no Python package: from PATH, or out of a Debian package, unpacked in the venv."""
 
 from __future__ import annotations
 
