@@ -8,8 +8,9 @@ import logging
 import os
 import shlex
 from argparse import Namespace
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -20,6 +21,9 @@ from server.errors import LaunchError
 from server.metrics import FocusMetrics
 from server.stats import StatsPoller, WorkerClient, stats_interval
 from server.versions import installed_versions
+
+if TYPE_CHECKING:
+    from server.requests import RequestWatch
 
 # vLLM configures handlers for its own logger only.
 logger = logging.getLogger("vllm.focus_serve")
@@ -90,6 +94,7 @@ class FocusEndpointPlugin:
         self._registry = registry
         # The event loop keeps no strong reference to its tasks.
         self._tasks: list[asyncio.Task[None]] = []
+        self._watch: RequestWatch | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes to vLLM's application."""
@@ -98,28 +103,41 @@ class FocusEndpointPlugin:
         app.include_router(router)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Check that the workers run Focus, and read their statistics from now on.
+        """Check that the workers run Focus, and watch them and the requests from now on.
 
         Raises:
             LaunchError: An adapter is configured and a worker does not run it.
         """
+        info = FocusInfo(attention="dense", versions=installed_versions())
+        state.focus = FocusState(info)
+        if engine_client is None:
+            return
         configured = "focus" in (args.additional_config or {})
-        if engine_client is None or not configured:
-            state.focus = FocusState(FocusInfo(attention="dense", versions=installed_versions()))
-        else:
-            await self._start_focus(engine_client, state)
-        if engine_client is not None and _is_first(engine_client):
-            self._tasks.append(asyncio.create_task(_announce(state, args)))
-
-    async def _start_focus(self, engine_client: Any, state: State) -> None:
-        info = await _ask_workers(engine_client)
+        if configured:
+            info = await _ask_workers(engine_client)
         # Every API server process reads the same workers: one of them counts.
         metrics = FocusMetrics(self._registry) if _is_first(engine_client) else None
-        poller = StatsPoller(engine_client, metrics)
-        state.focus = FocusState(info, poller)
-        if metrics and info.adapter:
-            metrics.describe(info.versions, info.adapter.model_dump())
-            self._tasks.append(asyncio.create_task(poller.run(stats_interval(os.environ))))
+        if metrics:
+            adapter = info.adapter.model_dump() if info.adapter else None
+            metrics.describe(info.versions, os.environ.get("FOCUS_COMMIT", "unknown"), adapter)
+            self._run(_announce(state, args))
+        if configured:
+            poller = StatsPoller(engine_client, metrics)
+            state.focus = FocusState(info, poller)
+            if metrics:
+                self._run(poller.run(stats_interval(os.environ)))
+        self._watch_requests(engine_client)
+
+    def _watch_requests(self, engine_client: Any) -> None:
+        from server.requests import RequestWatch, watch_event_loop
+        from server.stat_logger import focus_stat_logger
+
+        if stat_logger := focus_stat_logger(engine_client):
+            self._watch = RequestWatch(engine_client, stat_logger)
+            self._run(watch_event_loop(stat_logger.metrics))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
 
 
 async def _get_info(request: Request) -> FocusInfo:

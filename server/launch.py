@@ -20,7 +20,7 @@ from server.stats import stats_interval
 
 WORKER_EXTENSION = "focus_vllm.engine.worker.FocusWorkerExtension"
 PLUGIN = "focus"
-PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
+PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins", "vllm.stat_logger_plugins")
 OTHER_PLUGIN_GROUPS = (
     "vllm.general_plugins",
     "vllm.platform_plugins",

@@ -37,7 +37,7 @@ class EngineProgress:
         if first:
             self._memory[:] = bytes(size)
         self._started = time.monotonic()
-        self._submitted: dict[str, float] = {}
+        self._submitted: dict[object, float] = {}
 
     def record(self, running: int, waiting: int, engine: int = 0) -> None:
         """Note a step of `engine`, after which it had `running` and `waiting` requests."""
@@ -47,13 +47,13 @@ class EngineProgress:
         """Note a step of `engine` that another process knows more about."""
         struct.pack_into("=d", self._memory, engine * ENGINE.size, time.monotonic())
 
-    def submit(self, request_id: str) -> None:
+    def submit(self, request: object) -> None:
         """Note that a request was handed to the engines."""
-        self._submitted[request_id] = time.monotonic()
+        self._submitted[request] = time.monotonic()
 
-    def end(self, request_id: str) -> None:
+    def end(self, request: object) -> None:
         """Note that a request needs no more steps, however it ended."""
-        self._submitted.pop(request_id, None)
+        self._submitted.pop(request, None)
 
     @property
     def last_step(self) -> float:
@@ -95,9 +95,7 @@ class EngineProgress:
 
 def engine_progress(engine_client: Any) -> EngineProgress | None:
     """Return the progress of `engine_client`'s engines; None if Focus's stat logger does not run."""
-    manager = getattr(engine_client, "logger_manager", None)
-    for stat_logger in getattr(manager, "stat_loggers", []):
-        progress = getattr(stat_logger, "progress", None)
-        if isinstance(progress, EngineProgress):
-            return progress
-    return None
+    from server.stat_logger import focus_stat_logger
+
+    stat_logger = focus_stat_logger(engine_client)
+    return stat_logger.progress if stat_logger else None

@@ -38,6 +38,8 @@ class PhaseStats:
     """Keys that dense attention would have read."""
     selected: int = 0
     """Keys that Focus read."""
+    dense_queries: int = 0
+    """Queries below `dense_below`, which attend densely."""
 
     @property
     def fraction(self) -> float | None:
@@ -80,12 +82,18 @@ class StatsPoller:
         while True:
             await asyncio.sleep(interval)
             await self.refresh(timeout=interval)
+            if self._metrics:
+                self._metrics.set_age(self.age)
 
     async def _read(self) -> None:
         # All tensor-parallel workers count the same keys.
         stats, *_ = await self._client.collective_rpc("focus_stats")
         fresh = {
-            phase: PhaseStats(stats["candidate_tokens"][phase], stats["selected_tokens"][phase])
+            phase: PhaseStats(
+                stats["candidate_tokens"][phase],
+                stats["selected_tokens"][phase],
+                stats.get("dense_queries", {}).get(phase, 0),
+            )
             for phase in PHASES
         }
         if self._metrics:
@@ -95,6 +103,7 @@ class StatsPoller:
                     phase,
                     candidate=now.candidate - before.candidate,
                     selected=now.selected - before.selected,
+                    dense_queries=now.dense_queries - before.dense_queries,
                 )
         self.phases = fresh
         self._read_at = time.monotonic()

@@ -44,6 +44,7 @@ class FakeEngine:
         self.stats = {
             "candidate_tokens": {"prefill": 0, "decode": 0},
             "selected_tokens": {"prefill": 0, "decode": 0},
+            "dense_queries": {"prefill": 0, "decode": 0},
         }
         self.error: Exception | None = None
         self.may_answer = asyncio.Event()
@@ -173,12 +174,13 @@ def test_counters_grow_without_anybody_asking(monkeypatch: pytest.MonkeyPatch) -
     serve(scenario, engine, registry)
 
 
-def test_build_and_adapter_are_published() -> None:
+def test_build_and_adapter_are_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOCUS_COMMIT", "abc1234")
     registry = CollectorRegistry()
 
     async def scenario(client: httpx.AsyncClient) -> None:
         versions = (await client.get("/focus/info")).json()["versions"]
-        build = {"version": versions["focus_vllm"], "vllm": versions["vllm"]}
+        build = {"version": versions["focus_vllm"], "vllm": versions["vllm"], "commit": "abc1234"}
         assert registry.get_sample_value("focus_build_info", build) == 1
         adapter = {"adapter": "focus.safetensors", "sha256": "0123456789ab", "base_model": "demo-10m"}
         assert registry.get_sample_value("focus_adapter_info", adapter) == 1
@@ -257,7 +259,7 @@ def test_without_an_adapter_info_says_dense_and_asks_no_worker() -> None:
         assert (info["attention"], info["adapter"], info["routed_layers"]) == ("dense", None, [])
 
     serve(scenario, engine, registry, focus_arguments(additional_config={}))
-    assert list(registry.collect()) == []
+    assert "focus_adapter_info" not in {sample.name for each in registry.collect() for sample in each.samples}
 
 
 @pytest.mark.parametrize(
@@ -283,9 +285,9 @@ def test_metrics_survive_several_api_server_processes(tmp_path: Path) -> None:
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from server.metrics import FocusMetrics
 metrics = FocusMetrics()
-metrics.count("prefill", candidate=8, selected=2)
+metrics.count("prefill", candidate=8, selected=2, dense_queries=3)
 metrics.describe(
-    {"focus_vllm": "1", "vllm": "2"}, {"file": "f", "sha256": "0", "base_model": "m"}
+    {"focus_vllm": "1", "vllm": "2"}, "c", {"file": "f", "sha256": "0", "base_model": "m"}
 )
 registry = CollectorRegistry()
 multiprocess.MultiProcessCollector(registry)
@@ -301,7 +303,8 @@ sys.stdout.write(generate_latest(registry).decode())
     ).stdout.splitlines()
     assert 'focus_attn_candidate_tokens_total{phase="prefill"} 8.0' in scraped
     assert 'focus_attn_selected_tokens_total{phase="prefill"} 2.0' in scraped
-    assert 'focus_build_info{version="1",vllm="2"} 1.0' in scraped
+    assert 'focus_attn_fallback_total{phase="prefill",reason="dense_below"} 3.0' in scraped
+    assert 'focus_build_info{commit="c",version="1",vllm="2"} 1.0' in scraped
     assert 'focus_adapter_info{adapter="f",base_model="m",sha256="0"} 1.0' in scraped
 
 
