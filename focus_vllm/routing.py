@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -44,12 +45,19 @@ def top_groups(scores: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         `[num_tokens]` in `mask_dtype(num_groups)`.
     """
-    num_groups = scores.shape[-1]
-    if k == 1:  # argmax takes the first of equals, as the stable sort does
-        bits = 1 << scores.argmax(dim=-1)
-    else:
-        bits = (1 << scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]).sum(dim=-1)
-    return bits.to(mask_dtype(num_groups))
+    bit = _bits(scores.shape[-1], scores.device)
+    best = scores.argmax(dim=-1, keepdim=True)  # the first of equals
+    groups = bit[best[..., 0]]
+    for _ in range(k - 1):
+        scores = scores.scatter(-1, best, float("-inf"))
+        best = scores.argmax(dim=-1, keepdim=True)
+        groups = groups | bit[best[..., 0]]
+    return groups
+
+
+@functools.cache
+def _bits(num_groups: int, device: torch.device) -> torch.Tensor:
+    return (1 << torch.arange(num_groups, device=device)).to(mask_dtype(num_groups))
 
 
 def route(

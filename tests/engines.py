@@ -100,8 +100,8 @@ class StoredGroups:
         store, free = FocusCPUImpl._store, self._scheduler.kv_cache_manager.free
         preempt = self._scheduler._preempt_request
 
-        def store_queries_too(impl, focus, key, value, kv_cache, attn_metadata):
-            store(impl, focus, key, value, kv_cache, attn_metadata)
+        def store_queries_too(impl, focus, cache, attn_metadata):
+            store(impl, focus, cache, attn_metadata)
             kept = self._query_stores.setdefault(id(focus), torch.zeros_like(focus.store))
             slots = attn_metadata.new_slots
             kept[slots] = focus.query_groups[: len(slots)]

@@ -15,16 +15,16 @@ def random_sequence(seq_len, num_queries, heads, config, seed=0, spare_rows=37):
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads, head_size = heads
     rows = torch.full((seq_len + spare_rows, num_kv_heads, 2 * head_size), float("nan"))
-    row_ids = torch.randperm(len(rows), generator=generator)[:seq_len]
-    rows[row_ids] = torch.randn(seq_len, num_kv_heads, 2 * head_size, generator=generator)
+    slots = torch.randperm(len(rows), generator=generator)[:seq_len]
+    rows[slots] = torch.randn(seq_len, num_kv_heads, 2 * head_size, generator=generator)
     scores = torch.randn(seq_len, config.num_groups, generator=generator)
-    keys = PagedKeys(rows, row_ids, top_groups(scores, config.key_k))
+    keys = PagedKeys(rows, slots, top_groups(scores, config.key_k))
     query = torch.randn(num_queries, num_heads, head_size, generator=generator)
     return query, top_groups(scores, config.top_k)[seq_len - num_queries :], keys
 
 
 def reference(query, query_groups, keys, config, scale, softcap):
-    key, value = keys.rows[keys.row_ids].chunk(2, dim=-1)
+    key, value = keys.rows[keys.slots].chunk(2, dim=-1)
     return focus_attention(query, key, value, query_groups, keys.groups, config, scale, softcap)[0]
 
 
@@ -65,6 +65,6 @@ def test_the_output_of_a_chunk_does_not_depend_on_where_it_was_cut():
     query, query_groups, keys = random_sequence(800, 800, HEADS["gqa"], config, seed=2)
     whole, _ = focus_sdpa(query, query_groups, keys, config, 0.2)
     for start, end in ((0, 1), (1, 300), (300, 799), (799, 800)):
-        prefix = PagedKeys(keys.rows, keys.row_ids[:end], keys.groups[:end])
+        prefix = PagedKeys(keys.rows, keys.slots[:end], keys.groups[:end])
         part, _ = focus_sdpa(query[start:end], query_groups[start:end], prefix, config, 0.2)
         torch.testing.assert_close(part, whole[start:end], atol=2e-6, rtol=1e-5)

@@ -203,9 +203,8 @@ def _hook(projection: nn.Module, layer: LayerFocus) -> None:
 
     def route_tokens(_: nn.Module, args: tuple[Any, ...]) -> None:
         hidden = args[0].flatten(0, -2)  # vLLM's Transformers backend has a batch dimension of 1
-        torch.ops.focus.route(
-            hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k
-        )
+        route = torch.ops.focus.route if torch.compiler.is_compiling() else _route_op
+        route(hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k)
 
     def wait_for_routing(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         projected = output[0] if isinstance(output, tuple) else output

@@ -1,17 +1,21 @@
 """The CPU attention backend: vLLM's own for dense queries, `kernels.sdpa` for routed ones.
 
-vLLM's CPU kernels keep keys transposed in tiles whose layout depends on the instruction set, so a
-token's key cannot be read alone. A Focus page therefore has two halves of equal size: the stock page,
-then every token's keys and values again as a row `[num_kv_heads, 2 * head_size]`. vLLM accounts
-for both: the same memory holds half as many tokens.
+vLLM's CPU kernels keep keys transposed in tiles whose layout depends on the instruction set, so a token's
+key cannot be read alone. The cache therefore has two halves of equal size: vLLM's own, exactly as without
+Focus, and one where every token's keys and values can be kept again as a row `[num_kv_heads, 2 * head_size]`.
+vLLM accounts for both: the same memory holds half as many tokens. Rows are written when a routed query first
+needs them, so prompts below `dense_below` pay nothing for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
+import numpy as np
 import torch
+from vllm import _custom_ops as ops
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -57,10 +61,10 @@ class RoutedQueries:
 
     rows: slice
     """Where they are in the batch."""
+    new: slice
+    """Where all of the request's new tokens are, those below `dense_below` included."""
     slots: torch.Tensor
     """`[seq_len]`, int64: the KV slot of every position up to the last query."""
-    row_ids: torch.Tensor
-    """`[seq_len]`, int64: where in `_rows` each position's keys and values are."""
     phase: str
     """"prefill" or "decode"."""
 
@@ -69,8 +73,8 @@ class RoutedQueries:
 class DenseQueries:
     """The batch's queries at positions below `dense_below`."""
 
-    rows: torch.Tensor
-    """`[num_dense]`, int64: where they are in the batch."""
+    rows: torch.Tensor | None
+    """`[num_dense]`, int64: where they are in the batch; None if they are all of it."""
     metadata: CPUAttentionMetadata
     pairs: dict[str, int]
     """(query, key) pairs by phase."""
@@ -82,14 +86,40 @@ class FocusCPUMetadata(CPUAttentionMetadata):
 
     new_slots: torch.Tensor | None = None
     """`[num_actual_tokens]`, int64: `slot_mapping` without padding."""
-    new_row_ids: torch.Tensor | None = None
-    """`[num_actual_tokens]`, int64: where in `_rows` the new tokens go."""
     dense: DenseQueries | None = None
     routed: list[RoutedQueries] = dataclasses.field(default_factory=list)
+    unpack: torch.Tensor | None = None
+    """`[num_blocks]`, int64: blocks that routed queries read and that have no rows yet."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Spans:
+    """Each request's new tokens: their first row in the batch, and their positions [begin, end)."""
+
+    rows: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, common: CommonAttentionMetadata) -> _Spans:
+        starts = common.query_start_loc_cpu.numpy().astype(np.int64)
+        ends = common.seq_lens.numpy().astype(np.int64)
+        return cls(starts[:-1], ends - np.diff(starts), ends)
+
+    @property
+    def decodes(self) -> np.ndarray:
+        """Which requests decode; the others prefill."""
+        return (self.ends - self.begins == 1) & (self.begins > 0)
+
+    def causal_pairs(self, ends: np.ndarray) -> dict[str, int]:
+        """Count the (query, key) pairs of dense causal attention for queries at [begin, end), by phase."""
+        pairs = (ends * (ends + 1) - self.begins * (self.begins + 1)) // 2
+        decodes = self.decodes
+        return {"prefill": int(pairs[~decodes].sum()), "decode": int(pairs[decodes].sum())}
 
 
 class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Splits each batch at `dense_below`, once for all layers."""
+    """Splits each batch at `dense_below`, once for all layers, and knows which blocks have rows."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -99,6 +129,8 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         focuses = [context[name].impl.focus for name in layer_names]
         configs = [focus.config for focus in focuses if focus is not None]
         self.dense_below = configs[0].dense_below if configs else None
+        # A block's tokens are written in order, so each step either keeps this true or makes it false.
+        self.has_rows = torch.zeros(vllm_config.cache_config.num_gpu_blocks, dtype=torch.bool)
 
     def build(
         self,
@@ -107,89 +139,69 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> FocusCPUMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
+        metadata = FocusCPUMetadata(**vars(stock))
         if self.dense_below is None:
-            return FocusCPUMetadata(**fields)
-        starts = common_attn_metadata.query_start_loc_cpu.tolist()
-        seq_lens = common_attn_metadata.seq_lens.tolist()
-        spans = [
-            _Span(row, seq_len - (next_row - row), seq_len)
-            for row, next_row, seq_len in zip(starts[:-1], starts[1:], seq_lens, strict=True)
-        ]
-        new_slots = stock.slot_mapping[: stock.num_actual_tokens].long()
-        return FocusCPUMetadata(
-            **fields,
-            new_slots=new_slots,
-            new_row_ids=_row_ids(new_slots, self.block_size),
-            dense=self._dense(common_attn_metadata, spans, stock),
-            routed=self._routed(common_attn_metadata, spans),
-        )
+            return metadata
+        metadata.new_slots = slots = stock.slot_mapping[: stock.num_actual_tokens].long()
+        spans = _Spans.of(common_attn_metadata)
+        routed = spans.ends > self.dense_below
+        if not routed.any():
+            self.has_rows[slots // self.block_size] = False
+            metadata.dense = DenseQueries(None, stock, spans.causal_pairs(spans.ends))
+            return metadata
+        without_rows = torch.from_numpy(np.repeat(~routed, spans.ends - spans.begins))
+        self.has_rows[slots[without_rows] // self.block_size] = False
+        metadata.routed, metadata.unpack = self._routed(common_attn_metadata, spans, routed)
+        metadata.dense = self._dense(common_attn_metadata, spans, stock)
+        return metadata
 
-    def _routed(self, common: CommonAttentionMetadata, spans: list[_Span]) -> list[RoutedQueries]:
+    def _routed(
+        self, common: CommonAttentionMetadata, spans: _Spans, routed: np.ndarray
+    ) -> tuple[list[RoutedQueries], torch.Tensor]:
         assert self.dense_below is not None
-        routed = []
+        queries, unpack = [], []
         offsets = torch.arange(self.block_size)
-        for span, blocks in zip(spans, common.block_table_tensor, strict=False):
-            begin = max(span.begin, self.dense_below)
-            if begin >= span.end:
-                continue
-            num_blocks = -(-span.end // self.block_size)
-            slots = (blocks[:num_blocks, None].long() * self.block_size + offsets).view(-1)[: span.end]
-            rows = slice(span.row + begin - span.begin, span.row + span.end - span.begin)
-            routed.append(RoutedQueries(rows, slots, _row_ids(slots, self.block_size), span.phase))
-        return routed
+        for request in np.flatnonzero(routed):
+            row, begin, end = (int(values[request]) for values in (spans.rows, spans.begins, spans.ends))
+            blocks = common.block_table_tensor[request, : -(-end // self.block_size)].long()
+            self.has_rows[blocks[-(-begin // self.block_size) :]] = True  # all of them are new
+            unpack.append(blocks[~self.has_rows[blocks]])
+            self.has_rows[blocks] = True
+            first = max(begin, self.dense_below)
+            queries.append(
+                RoutedQueries(
+                    new=slice(row, row + end - begin),
+                    rows=slice(row + first - begin, row + end - begin),
+                    slots=(blocks[:, None] * self.block_size + offsets).view(-1)[:end],
+                    phase="decode" if spans.decodes[request] else "prefill",
+                )
+            )
+        return queries, torch.cat(unpack)
 
     def _dense(
-        self, common: CommonAttentionMetadata, spans: list[_Span], stock: CPUAttentionMetadata
+        self, common: CommonAttentionMetadata, spans: _Spans, stock: CPUAttentionMetadata
     ) -> DenseQueries | None:
-        assert self.dense_below is not None
-        ends = [min(span.end, self.dense_below) for span in spans]
-        chosen = [i for i, span in enumerate(spans) if ends[i] > span.begin]
-        if not chosen:
+        ends = np.maximum(np.minimum(spans.ends, self.dense_below), spans.begins)
+        lengths = ends - spans.begins
+        chosen = np.flatnonzero(lengths)
+        if not len(chosen):
             return None
-        lengths = torch.tensor([ends[i] - spans[i].begin for i in chosen])
-        pairs = {"prefill": 0, "decode": 0}
-        for i in chosen:
-            pairs[spans[i].phase] += _causal_pairs(spans[i].begin, ends[i])
-        rows = torch.cat([
-            torch.arange(spans[i].row, spans[i].row + ends[i] - spans[i].begin) for i in chosen
-        ])  # fmt: skip
-        if len(rows) == stock.num_actual_tokens:
-            return DenseQueries(rows, stock, pairs)
-        query_start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        seq_lens = torch.tensor([ends[i] for i in chosen], dtype=torch.int32)
+        rows = np.concatenate([np.arange(spans.rows[i], spans.rows[i] + lengths[i]) for i in chosen])
+        query_start_loc = torch.from_numpy(np.append(0, lengths[chosen].cumsum()).astype(np.int32))
         metadata = super().build(
             0,
             common.replace(
                 query_start_loc=query_start_loc,
                 query_start_loc_cpu=query_start_loc,
-                seq_lens=seq_lens,
+                seq_lens=torch.from_numpy(ends[chosen].astype(np.int32)),
                 num_reqs=len(chosen),
                 num_actual_tokens=len(rows),
                 max_query_len=int(lengths.max()),
-                max_seq_len=int(seq_lens.max()),
+                max_seq_len=int(ends[chosen].max()),
                 block_table_tensor=common.block_table_tensor[chosen],
             ),
         )
-        return DenseQueries(rows, metadata, pairs)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Span:
-    """One request in the batch: its first row, and the positions [begin, end) of its queries."""
-
-    row: int
-    begin: int
-    end: int
-
-    @property
-    def phase(self) -> str:
-        return "decode" if self.end - self.begin == 1 and self.begin > 0 else "prefill"
-
-
-def _causal_pairs(begin: int, end: int) -> int:
-    """Count the (query, key) pairs of dense causal attention for queries at [begin, end)."""
-    return (end * (end + 1) - begin * (begin + 1)) // 2
+        return DenseQueries(torch.from_numpy(rows), metadata, spans.causal_pairs(ends))
 
 
 class FocusCPUImpl(CPUAttentionBackendImpl):
@@ -198,6 +210,7 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.focus: LayerFocus | None = None
+        self._cache: _Cache | None = None
 
     def do_kv_cache_update(
         self,
@@ -207,7 +220,7 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        super().do_kv_cache_update(layer, key, value, _stock_half(kv_cache), slot_mapping)
+        super().do_kv_cache_update(layer, key, value, self._halves(kv_cache).stock, slot_mapping)
 
     def forward(
         self,
@@ -225,69 +238,101 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
         scales = (output_scale, output_block_scale)
         if attn_metadata is None:  # profiling
             return super().forward(layer, query, key, value, kv_cache, None, output, *scales)
-        stock = _stock_half(kv_cache)
-        if self.focus is None:
-            return super().forward(layer, query, key, value, stock, attn_metadata, output, *scales)
-        self._store(self.focus, key, value, kv_cache, attn_metadata)
+        focus, cache = self.focus, self._halves(kv_cache)
+        if focus is None:
+            return super().forward(layer, query, key, value, cache.stock, attn_metadata, output, *scales)
+        self._store(focus, cache, attn_metadata)
         dense = attn_metadata.dense
         if dense is not None:
-            for phase, pairs in dense.pairs.items():
-                self.focus.counts.add(phase, pairs, pairs)
-            if not attn_metadata.routed:
-                return super().forward(layer, query, key, value, stock, dense.metadata, output, *scales)
+            focus.counts.add_dense(dense.pairs)
+            if dense.rows is None:
+                return super().forward(layer, query, key, value, cache.stock, attn_metadata, output, *scales)
             part = query[dense.rows]
             output[dense.rows] = super().forward(
-                layer, part, key, value, stock, dense.metadata, torch.empty_like(part), *scales
+                layer, part, key, value, cache.stock, dense.metadata, torch.empty_like(part), *scales
             )
+        assert attn_metadata.new_slots is not None
+        assert attn_metadata.unpack is not None
+        cache.unpack(attn_metadata.unpack, self.isa)
         for queries in attn_metadata.routed:
-            output[queries.rows] = self._attend(self.focus, query[queries.rows], queries, kv_cache)
+            new = queries.new
+            cache.rows[attn_metadata.new_slots[new]] = torch.cat([key[new], value[new]], dim=-1)
+        for queries in attn_metadata.routed:
+            output[queries.rows] = self._attend(focus, query[queries.rows], queries, cache)
         return output
 
-    def _store(
-        self,
-        focus: LayerFocus,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: FocusCPUMetadata,
-    ) -> None:
-        """Keep the new tokens' groups, and their keys and values as rows."""
-        num_slots = kv_cache.shape[0] * kv_cache.shape[2]
-        if focus.store is None or len(focus.store) != num_slots:
-            focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype)
-        assert attn_metadata.new_slots is not None
-        assert attn_metadata.new_row_ids is not None
-        num_tokens = len(attn_metadata.new_slots)
-        focus.store.index_copy_(0, attn_metadata.new_slots, focus.key_groups[:num_tokens])
-        rows = torch.cat([key[:num_tokens], value[:num_tokens]], dim=-1)
-        _rows(kv_cache).index_copy_(0, attn_metadata.new_row_ids, rows)
+    def _halves(self, kv_cache: torch.Tensor) -> _Cache:
+        if self._cache is None or self._cache.whole is not kv_cache:
+            self._cache = _Cache.of(kv_cache)
+        return self._cache
+
+    def _store(self, focus: LayerFocus, cache: _Cache, attn_metadata: FocusCPUMetadata) -> None:
+        """Keep the new tokens' groups."""
+        if focus.store is None or len(focus.store) != len(cache.rows):
+            focus.store = torch.zeros(len(cache.rows), dtype=focus.key_groups.dtype)
+        slots = attn_metadata.new_slots
+        assert slots is not None
+        focus.store.index_copy_(0, slots, focus.key_groups[: len(slots)])
 
     def _attend(
-        self, focus: LayerFocus, query: torch.Tensor, queries: RoutedQueries, kv_cache: torch.Tensor
+        self, focus: LayerFocus, query: torch.Tensor, queries: RoutedQueries, cache: _Cache
     ) -> torch.Tensor:
         assert focus.store is not None
-        keys = PagedKeys(_rows(kv_cache), queries.row_ids, focus.store.index_select(0, queries.slots))
+        keys = PagedKeys(cache.rows, queries.slots, focus.store.index_select(0, queries.slots))
         output, pairs = focus_sdpa(
             query, focus.query_groups[queries.rows], keys, focus.config, self.scale, self.logits_soft_cap
         )
-        seq_len = len(queries.slots)
-        focus.counts.add(queries.phase, _causal_pairs(seq_len - len(query), seq_len), pairs)
+        end, begin = len(queries.slots), len(queries.slots) - len(query)
+        candidates = (end * (end + 1) - begin * (begin + 1)) // 2
+        focus.counts.add(queries.phase, candidates, pairs)
         return output
 
 
-def _stock_half(kv_cache: torch.Tensor) -> torch.Tensor:
-    """Return vLLM's half of each page, `[num_blocks, num_kv_heads, block_size, 2 * head_size]`."""
-    num_blocks, num_kv_heads, block_size, content = kv_cache.shape
-    halves = kv_cache.view(num_blocks, 2, num_kv_heads, block_size, content // 2)
-    return halves[:, 0]
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cache:
+    """One layer's KV cache as its two halves."""
+
+    whole: torch.Tensor
+    """As vLLM allocated it."""
+    stock: torch.Tensor
+    """`[num_blocks, num_kv_heads, block_size, 2 * head_size]`, in the layout of vLLM's kernels."""
+    rows: torch.Tensor
+    """`[num_slots, num_kv_heads, 2 * head_size]`."""
+
+    @classmethod
+    def of(cls, whole: torch.Tensor) -> _Cache:
+        num_blocks, num_kv_heads, block_size, content = whole.shape
+        stock, rows = whole.view(2, num_blocks, num_kv_heads, block_size, content // 2)
+        return cls(whole, stock, rows.view(num_blocks * block_size, num_kv_heads, content // 2))
+
+    def unpack(self, blocks: torch.Tensor, isa: str) -> None:
+        """Write the rows of `blocks`, `[num]`, int64."""
+        num_blocks, num_kv_heads, block_size, content = self.stock.shape
+        order = _row_order(self.stock.dtype, block_size, content // 2, isa)
+        bits = torch.int16 if self.stock.itemsize == 2 else torch.int32  # NumPy has no bfloat16
+        packed = self.stock.view(bits).view(num_blocks, num_kv_heads, -1).numpy()
+        rows = self.rows.view(bits).view(num_blocks, block_size, num_kv_heads, content).numpy()
+        for block in blocks.tolist():
+            rows[block] = packed[block].take(order, axis=1).swapaxes(0, 1)
 
 
-def _rows(kv_cache: torch.Tensor) -> torch.Tensor:
-    """Return all pages as rows `[num_blocks * 2 * block_size, num_kv_heads, 2 * head_size]`."""
-    num_blocks, num_kv_heads, block_size, content = kv_cache.shape
-    return kv_cache.view(num_blocks * 2 * block_size, num_kv_heads, content // 2)
+@functools.cache
+def _row_order(dtype: torch.dtype, block_size: int, head_size: int, isa: str) -> np.ndarray:
+    """Return where a block of vLLM's layout has each element of its rows.
 
+    Found by having vLLM store numbers that say where they came from, so it holds for any instruction set.
 
-def _row_ids(slots: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Return where in `_rows` the tokens at `slots` are."""
-    return slots + (slots // block_size + 1) * block_size
+    Returns:
+        `[block_size, 2 * head_size]`, int64 offsets within one head's block.
+    """
+    base = 256  # every integer below is exact in bfloat16
+    source = torch.arange(block_size * 2 * head_size).view(block_size, 1, 2 * head_size)
+    digits = []
+    for digit in (source % base, source // base):
+        key, value = digit.to(dtype).chunk(2, dim=-1)
+        block = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+        ops.cpu_attn_reshape_and_cache(
+            key.contiguous(), value.contiguous(), *block.chunk(2, dim=2), torch.arange(block_size), isa
+        )
+        digits.append(block.view(-1).long())
+    return (digits[0] + base * digits[1]).argsort().view(block_size, 2 * head_size).numpy()

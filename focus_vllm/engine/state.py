@@ -23,6 +23,11 @@ class AttentionCounts:
         self.candidate_tokens[phase] += candidate
         self.selected_tokens[phase] += selected
 
+    def add_dense(self, pairs: dict[str, int]) -> None:
+        """Count one layer's dense work, by phase."""
+        for phase, number in pairs.items():
+            self.add(phase, number, number)
+
 
 @dataclasses.dataclass(slots=True)
 class LayerFocus:

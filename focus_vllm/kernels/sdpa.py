@@ -25,15 +25,15 @@ class PagedKeys:
     """One sequence's keys and values, wherever they are in a paged cache."""
 
     rows: torch.Tensor
-    """`[num_rows, num_kv_heads, 2 * head_size]`: a token's keys and values side by side."""
-    row_ids: torch.Tensor
+    """`[num_slots, num_kv_heads, 2 * head_size]`: a token's keys and values side by side."""
+    slots: torch.Tensor
     """`[seq_len]`, int64: the row of each position."""
     groups: torch.Tensor
     """`[seq_len]`: bitmask G of each position."""
 
     def take(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values `[batch, num_kv_heads, num_keys, head_size]` at `[batch, num_keys]`."""
-        rows = self.rows.index_select(0, self.row_ids[positions].view(-1))
+        rows = self.rows.index_select(0, self.slots[positions].view(-1))
         key, value = rows.view(*positions.shape, *self.rows.shape[1:]).transpose(1, 2).chunk(2, dim=-1)
         return key, value
 
@@ -89,7 +89,7 @@ def _near(
     query: torch.Tensor, keys: PagedKeys, config: FocusConfig, scale: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Attend to the window and the sinks, all blocks in one call: a parallel region each would cost more."""
-    seq_len, num_queries = len(keys.row_ids), len(query)
+    seq_len, num_queries = len(keys.slots), len(query)
     first = seq_len - num_queries
     starts = torch.arange(first, seq_len, NEAR_BLOCK)[:, None]
     sinks = torch.arange(min(config.sink, seq_len)).expand(len(starts), -1)
@@ -118,7 +118,7 @@ def _far(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Attend to the keys that share a group, before the window and after the sinks."""
-    first = len(keys.row_ids) - len(query)
+    first = len(keys.slots) - len(query)
     output = torch.zeros_like(query)
     lse = query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
     pairs = 0
