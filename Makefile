@@ -10,12 +10,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-deps --no-compile --disable
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: requirements-cpu.lock pyproject.toml
+$(VENV)/installed: requirements-cpu.lock requirements-dev.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "focus-vllm needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	torch=$$(grep '^torch==' requirements-cpu.lock) && \
 		{ $(INSTALL) "$$torch" 2>/dev/null || $(INSTALL) --index-url $(TORCH_INDEX) "$$torch"; }
-	$(INSTALL) -r requirements-cpu.lock
+	$(INSTALL) -r requirements-cpu.lock -r requirements-dev.lock
 	$(INSTALL) --no-build-isolation -e .
 	touch $@
 
