@@ -20,6 +20,7 @@ from starlette.datastructures import State
 from server.errors import LaunchError
 from server.metrics import FocusMetrics
 from server.stats import StatsPoller, WorkerClient, stats_interval
+from server.status import StatusSource, status_router
 from server.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class FocusEndpointPlugin:
         router = APIRouter(prefix="/focus", tags=["focus"])
         router.add_api_route("/info", _get_info, response_model=FocusInfo)
         app.include_router(router)
+        app.include_router(status_router())
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Check that the workers run Focus, and watch them and the requests from now on.
@@ -126,15 +128,25 @@ class FocusEndpointPlugin:
             state.focus = FocusState(info, poller)
             if metrics:
                 self._run(poller.run(stats_interval(os.environ)))
-        self._watch_requests(engine_client)
+        self._watch_requests(engine_client, state)
 
-    def _watch_requests(self, engine_client: Any) -> None:
+    def _watch_requests(self, engine_client: Any, state: State) -> None:
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
         from server.requests import RequestWatch, watch_event_loop
-        from server.stat_logger import focus_stat_logger
+        from server.stat_logger import focus_stat_logger, served_name
 
-        if stat_logger := focus_stat_logger(engine_client):
+        stat_logger = focus_stat_logger(engine_client)
+        if stat_logger:
             self._watch = RequestWatch(engine_client, stat_logger)
             self._run(watch_event_loop(stat_logger.metrics))
+        config = engine_client.vllm_config
+        state.focus_status = StatusSource(
+            get_prometheus_registry(),
+            served_name(config),
+            config.model_config.max_model_len,
+            stat_logger and stat_logger.progress,
+        )
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.create_task(work))

@@ -31,7 +31,8 @@ class FakeEngine:
 
     def __init__(self, rank: int = 0) -> None:
         parallel_config = SimpleNamespace(_api_process_rank=rank)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel_config)
+        model_config = SimpleNamespace(served_model_name="focus-demo", max_model_len=8192)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel_config, model_config=model_config)
         info = {
             "adapter": "some/where/focus.safetensors",
             "sha256": "0123456789abcdef" * 4,

@@ -1,0 +1,101 @@
+"""A server in its own process group, for as long as a measurement needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+START_SECONDS = 300
+FOCUS_SERVE = (sys.executable, "-m", "server.cli")
+
+
+class Server:
+    """A running server that answers `/health`."""
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str], port: int) -> None:
+        """Start `command --port PORT`; see `serving`."""
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(port)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **environment},
+            )
+
+    def wait_until_ready(self) -> None:
+        """Wait for the first answer.
+
+        Raises:
+            RuntimeError: The process stopped, or is not ready in time; with the end of its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.2)
+
+    def get(self, path: str) -> str:
+        """Return the body of a GET."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return str(response.read().decode())
+
+    def stop(self) -> int:
+        """Ask the server to stop; return its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=120)
+
+    def kill(self) -> None:
+        """End whatever is left of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
+
+    def _answers(self) -> bool:
+        try:
+            self.get("/health")
+        except (urllib.error.URLError, ConnectionError):
+            return False
+        return True
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+) -> Iterator[Server]:
+    """Run a server until the block ends.
+
+    Args:
+        command: What to start; `--port` is added.
+        log: Where its output goes.
+        environment: What is added to this process's.
+        port: By default a free one.
+    """
+    server = Server(command, log, environment or {}, port or free_port())
+    try:
+        server.wait_until_ready()
+        yield server
+        server.stop()
+    finally:
+        server.kill()
