@@ -145,7 +145,7 @@ class FocusEndpointPlugin:
             get_prometheus_registry(),
             served_name(config),
             config.model_config.max_model_len,
-            stat_logger and stat_logger.progress,
+            stat_logger.progress if stat_logger else None,
         )
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
