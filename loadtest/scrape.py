@@ -96,13 +96,21 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def scraping(binary: str, targets: Sequence[str], interval: str = "1s") -> Iterator[Prometheus]:
-    """Run a Prometheus that scrapes `targets` (`host:port`) until the block ends."""
+def scraping(
+    binary: str, targets: Sequence[str], interval: str = "1s", rules: Sequence[Path] = ()
+) -> Iterator[Prometheus]:
+    """Run a Prometheus that scrapes `targets` (`host:port`), and evaluates `rules`, until the block ends."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "prometheus.yml"
-        job = {"job_name": "focus", "static_configs": [{"targets": list(targets)}]}
-        config.write_text(json.dumps({"global": {"scrape_interval": interval}, "scrape_configs": [job]}))
+        settings = {
+            "global": {"scrape_interval": interval, "evaluation_interval": interval},
+            "rule_files": [str(path.resolve()) for path in rules],
+            "scrape_configs": [
+                {"job_name": "focus-serve", "static_configs": [{"targets": list(targets)}]},
+            ],
+        }
+        config.write_text(json.dumps(settings))
         process = subprocess.Popen(
             [
                 binary,

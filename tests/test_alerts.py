@@ -144,4 +144,4 @@ def test_every_alert_has_a_case_and_a_runbook() -> None:
 
 def test_the_committed_alerts_are_those_that_python_generates() -> None:
     for path, text in alerts.files().items():
-        assert path.read_text() == text, "run python deploy/monitoring/alerts.py"
+        assert path.read_text() == text, "run python -m deploy.monitoring.alerts"

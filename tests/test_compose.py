@@ -65,4 +65,4 @@ def test_the_committed_dashboards_are_those_that_python_generates() -> None:
     files = dashboards.files()
     assert set(dashboards.FOLDER.iterdir()) == set(files)
     for path, text in files.items():
-        assert path.read_text() == text, "run python deploy/monitoring/dashboards.py"
+        assert path.read_text() == text, "run python -m deploy.monitoring.dashboards"

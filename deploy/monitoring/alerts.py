@@ -1,6 +1,6 @@
 """Alerts on focus-serve, for Prometheus and for its operator; runbooks.md says what to do about each.
 
-python deploy/monitoring/alerts.py
+python -m deploy.monitoring.alerts
 """
 
 from __future__ import annotations

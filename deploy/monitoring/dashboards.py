@@ -1,6 +1,6 @@
 """Grafana dashboards of focus-serve, as JSON files beside this one.
 
-python deploy/monitoring/dashboards.py
+python -m deploy.monitoring.dashboards
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def panel(
         custom = {"fillOpacity": 10, "showPoints": "never", **options.pop("custom", {})}
     targets = []
     for number, (legend, expression) in enumerate(queries.items()):
-        target = {
+        target: dict[str, Any] = {
             "refId": chr(ord("A") + number),
             "expr": expression,
             "legendFormat": legend,

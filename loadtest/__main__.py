@@ -1,0 +1,270 @@
+"""Load tests of focus-serve, dense against Focus, and what follows from them.
+
+python -m loadtest run      measure, and write a report
+python -m loadtest report   write the report again
+python -m loadtest advise   estimate the gain for the prompts of an access log
+python -m loadtest plan     estimate how many GPUs a load needs
+python -m loadtest shape    write a model of a known shape with random weights, and an adapter for it
+
+docs/loadtest.md explains them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from server.objectives import UNITS
+from server.objectives import Target as Objective
+
+RESULTS = Path(__file__).parents[1] / "docs/results"
+MAX_PREFIX_HITS = 0.01
+MAX_LENGTH_ERROR = 0.01
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 1 if a measurement should not be trusted, 2 if nothing could be done."""
+    options = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = options.function
+    try:
+        return command(options)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.stderr.write(f"loadtest: {error}\n")
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    from loadtest.bench import Result, Target, summary
+    from loadtest.manifest import describe
+    from loadtest.report import write_report
+    from loadtest.scenarios import Plan, run_plan
+
+    if bool(options.dense) != bool(options.focus) or bool(options.dense) == bool(options.adapter):
+        raise ValueError("give --dense and --focus, two running servers, or --adapter, to have them started")
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan(
+        lengths=sorted(options.lengths),
+        concurrencies=sorted(options.concurrency),
+        rates=options.rates,
+        turns=options.turns,
+        beside=options.beside,
+        requests=options.requests,
+        tokens=options.tokens,
+        output_tokens=options.output_tokens,
+        seed=options.seed,
+    )
+    problems: list[str] = []
+    info: dict[str, Any] = {}
+    with (folder / "cells.jsonl").open("w") as cells, (folder / "requests.jsonl").open("w") as requests:
+
+        def report(result: Result) -> None:
+            row = {**summary(result), **_judge(result, options.slo_ttft, options.slo_tpot)}
+            problems.extend(_doubts(row))
+            cells.write(json.dumps(row) + "\n")
+            cells.flush()
+            for number, request in enumerate(result.requests):
+                about = {
+                    name: row[name] for name in ("side", "scenario", "length", "concurrency", "rate", "seed")
+                }
+                line = {**about, "request": number, **dataclasses.asdict(request), "tpot": request.tpot}
+                requests.write(json.dumps(line) + "\n")
+            sys.stdout.write(
+                f"{row['side']:6} {row['scenario']:7} {row['length']:>8} x {row['concurrency'] or '-'!s:3} "
+                f"TTFT {row['ttft_p50']:.3f} s  {row['requests_per_second']:.2f} requests/s\n"
+            )
+            sys.stdout.flush()
+
+        kv_tokens = None
+        for side in ("dense", "focus"):
+            with _server(options, side, folder) as url:
+                target = Target.at(url, options.tokenizer, options.api_key)
+                info[side], room = _about(target)
+                kv_tokens = min(kv_tokens or room, room) if room else kv_tokens
+                run_plan(plan, target, side, kv_tokens, report)
+    manifest = {
+        "title": options.title or f"{info['focus']['model']}, measured over HTTP",
+        **describe(info),
+        "plan": dataclasses.asdict(plan),
+        "objectives": {"ttft": options.slo_ttft, "tpot": options.slo_tpot},
+        "problems": problems,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    sys.stdout.write("".join(f"! {problem}\n" for problem in problems) + f"{write_report(folder)}\n")
+    return 1 if problems else 0
+
+
+@contextlib.contextmanager
+def _server(options: argparse.Namespace, side: str, folder: Path) -> Iterator[str]:
+    """Give the address of a running server, or of one that runs until the block ends."""
+    from loadtest.serving import FOCUS_SERVE, serving
+
+    if url := getattr(options, side):
+        yield url.rstrip("/")
+        return
+    adapter = "none" if side == "dense" else options.adapter
+    command = [*FOCUS_SERVE, "--model", options.model, "--adapter", adapter, *options.flags]
+    with serving(command, folder / f"{side}.log") as server:
+        yield server.url
+
+
+def _about(target: Any) -> tuple[dict[str, Any], int | None]:
+    from loadtest.bench import Metrics, _get
+
+    info = {"model": target.model}
+    with contextlib.suppress(OSError):
+        info |= json.loads(_get(f"{target.url}/focus/info", target.headers))
+    with contextlib.suppress(OSError):
+        info["vllm"] = json.loads(_get(f"{target.url}/version", target.headers))["version"]
+    return info, Metrics(target.url, target.headers).kv_tokens
+
+
+def _judge(result: Any, slo_ttft: str, slo_tpot: str) -> dict[str, Any]:
+    """Return what the objectives say of a cell."""
+    ttft, tpot = (Objective.parse(text) for text in (slo_ttft, slo_tpot))
+
+    def good(request: Any) -> bool:
+        limit = tpot.seconds(request.prompt_tokens)
+        return request.ttft <= ttft.seconds(request.prompt_tokens) and (request.tpot or 0) <= limit
+
+    met = sum(good(request) for request in result.answered)
+    return {
+        "goodput": met / result.duration,
+        "meets_objective": met >= 0.95 * len(result.requests),
+    }
+
+
+def _doubts(row: dict[str, Any]) -> list[str]:
+    """Return why a cell's figures may mean nothing."""
+    where = f"{row['side']} {row['scenario']} {row['length']} x {row['concurrency']}"
+    found = []
+    if row["scenario"] != "turns":
+        if (row["server_prefix_hits"] or 0) > MAX_PREFIX_HITS:
+            found.append(
+                f"{where}: {row['server_prefix_hits']:.1%} of prompt tokens came from the prefix cache"
+            )
+        if abs(row["prompt_tokens"] / row["length"] - 1) > MAX_LENGTH_ERROR:
+            found.append(f"{where}: prompts have {row['prompt_tokens']:g} tokens")
+    if row["failed"]:
+        found.append(f"{where}: {row['failed']} requests failed")
+    return found
+
+
+def _report(options: argparse.Namespace) -> int:
+    from loadtest.report import write_report
+
+    sys.stdout.write(f"{write_report(options.folder)}\n")
+    return 0
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from loadtest.advise import Measured, advice, read_trace
+
+    with options.trace.open() as lines:
+        trace = read_trace(lines)
+    sys.stdout.write(advice(trace, Measured.read(options.measured)))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from loadtest.advise import Measured
+    from loadtest.capacity import plan
+
+    measured = Measured.read(options.measured)
+    sys.stdout.write(plan(measured, options.shape, options.gpus, options.lengths, options.rate))
+    return 0
+
+
+def _shape(options: argparse.Namespace) -> int:
+    import shutil
+
+    from loadtest.engine import SHAPES, write_balanced_adapter, write_model
+    from server.models import DEMO_FOLDER
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_model(options.output, SHAPES[options.shape], options.max_model_len)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_FOLDER / name, options.output / name)
+    write_balanced_adapter(options.output / "focus.safetensors", options.output, json.loads(options.focus))
+    adapter = options.output / "focus.safetensors"
+    sys.stdout.write(f"focus-serve --model {options.output} --adapter {adapter} --load-format dummy\n")
+    return 0
+
+
+def length(text: str) -> int:
+    """Read a number of tokens: 1000, 8k, 1m."""
+    unit = text[-1:].lower()
+    return int(float(text[:-1]) * UNITS[unit]) if unit in ("k", "m") else int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="measure, and write a report")
+    run.set_defaults(function=_run)
+    run.add_argument("--output", type=Path, required=True, help="folder for the report and what is behind it")
+    run.add_argument("--model", default="demo", help="what focus-serve --model takes")
+    run.add_argument("--adapter", help="what focus-serve --adapter takes; the other side is served without")
+    run.add_argument("--dense", metavar="URL", help="a running server without Focus")
+    run.add_argument("--focus", metavar="URL", help="a running server of the same model with Focus")
+    run.add_argument("--api-key", help="for those servers")
+    run.add_argument("--tokenizer", help="default: the model's")
+    run.add_argument("--lengths", type=length, nargs="+", default=[length(f"{2**n}k") for n in range(3, 10)])
+    run.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    run.add_argument("--rates", type=float, nargs="*", default=[], help="requests per second, for goodput")
+    run.add_argument("--turns", type=int, default=6, help="of one conversation; 0: none")
+    run.add_argument(
+        "--no-beside", dest="beside", action="store_false", help="no short requests beside long ones"
+    )
+    run.add_argument("--requests", type=int, default=32, help="per cell")
+    run.add_argument(
+        "--tokens", type=length, default="2m", help="prompt tokens per cell: fewer requests if long"
+    )
+    run.add_argument("--output-tokens", type=int, default=64)
+    run.add_argument("--slo-ttft", default="1+0.1/1k", help="seconds, and more per 1024 prompt tokens")
+    run.add_argument("--slo-tpot", default="0.05+0.0001/1k", help="the same per output token")
+    run.add_argument("--seed", type=int, default=1)
+    run.add_argument("--title", help="what the report says on top")
+    run.add_argument("flags", nargs="*", metavar="-- FLAGS", help="more for both servers")
+
+    report = commands.add_parser("report", help="write the report again")
+    report.set_defaults(function=_report)
+    report.add_argument("folder", type=Path)
+
+    advise = commands.add_parser("advise", help="estimate the gain for the prompts of an access log")
+    advise.set_defaults(function=_advise)
+    advise.add_argument("--trace", type=Path, required=True, help="focus-serve's log with --log-format json")
+    plan = commands.add_parser("plan", help="estimate how many GPUs a load needs")
+    plan.set_defaults(function=_plan)
+    plan.add_argument("--shape", choices=["8b", "70b"], default="70b")
+    plan.add_argument("--gpus", type=int, default=8, help="of a replica")
+    plan.add_argument("--lengths", type=length, nargs="+", default=[length(f"{2**n}k") for n in range(3, 11)])
+    plan.add_argument("--rate", type=float, default=1.0, help="prompts per second")
+    for command in (advise, plan):
+        command.add_argument(
+            "--measured",
+            type=Path,
+            default=RESULTS / "engine-h200.json",
+            help="a file of docs/results, or the cells.jsonl of a run (default: %(default)s)",
+        )
+
+    shape = commands.add_parser("shape", help="write a model of a known shape with random weights")
+    shape.set_defaults(function=_shape)
+    shape.add_argument("--shape", default="8b")
+    shape.add_argument("--output", type=Path, required=True)
+    shape.add_argument("--max-model-len", type=length, default="1m")
+    shape.add_argument("--focus", default="{}", help="settings of the adapter, as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

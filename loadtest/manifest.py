@@ -1,0 +1,41 @@
+"""What a measurement was made on and with."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def describe(info: dict[str, Any]) -> dict[str, Any]:
+    """Return hardware, software, command and date; `info` is what the servers say of themselves, by side."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": shlex.join(["python", "-m", "loadtest", *sys.argv[1:]]),
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+        "cpu": _cpu(),
+        "python": platform.python_version(),
+        "servers": info,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0] if names else platform.machine()}"
+
+
+def _output(*command: str) -> str | None:
+    if not shutil.which(command[0]):
+        return None
+    run = subprocess.run(command, capture_output=True, text=True)
+    return run.stdout.strip() or None

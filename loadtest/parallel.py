@@ -1,0 +1,176 @@
+"""The demo with Focus over several workers: does it give the tokens and the groups that one process gives?
+
+    python -m loadtest.parallel tensor          two tensor-parallel workers, vLLM's executor
+    python -m loadtest.parallel ray             the same, on a Ray cluster that runs already
+    python -m loadtest.parallel data            two data-parallel engines behind one focus-serve
+
+Prompts below and above dense_below, greedy, float32. With tensor parallelism, all ranks must store the same
+groups, byte by byte. The exit status is 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from loadtest.serving import FOCUS_SERVE, Server, serving
+from server.models import DEMO_ADAPTER, DEMO_FOLDER
+
+LENGTHS = (300, 2500, 5000)
+NEW_TOKENS = 24
+
+
+def prompts() -> list[list[int]]:
+    """Return random token ids, the same every time."""
+    words = random.Random(0)
+    return [[words.randrange(5, 16000) for _ in range(length)] for length in LENGTHS]
+
+
+def digests(worker: Any) -> dict[int, str]:
+    """Return a hash of every layer's group store; runs in a worker."""
+    layers = worker.model_runner.get_model().focus.layers
+    return {
+        index: hashlib.sha256(focus.store.numpy().tobytes()).hexdigest() for index, focus in layers.items()
+    }
+
+
+def generate(workers: int, executor: str) -> dict[str, Any]:
+    """Run an engine in this process and return its tokens and every worker's digests."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send `digests` to the workers
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    llm = LLM(
+        str(DEMO_FOLDER),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=8192,
+        tensor_parallel_size=workers,
+        distributed_executor_backend=executor if workers > 1 else None,
+        additional_config={"focus": {"adapter": str(DEMO_ADAPTER)}},
+        worker_extension_cls="focus_vllm.engine.worker.FocusWorkerExtension",
+    )
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts()], params, use_tqdm=False)
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "groups": llm.collective_rpc(digests),
+        "stats": llm.collective_rpc("focus_stats"),
+    }
+
+
+def in_a_process(workers: int, executor: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return what `generate` gives in a process of its own.
+
+    Raises:
+        RuntimeError: It failed; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.json"
+        run = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "loadtest.parallel",
+                executor,
+                "--workers",
+                str(workers),
+                "--output",
+                output,
+            ],
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode:
+            raise RuntimeError(
+                f"{workers} workers with {executor}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}"
+            )
+        return dict(json.loads(output.read_text()))
+
+
+def differences(one: dict[str, Any], many: dict[str, Any]) -> list[str]:
+    """Return what differs between one process and several workers, and between these."""
+    found = [
+        f"prompt of {length} tokens: {alone} alone, {together} together"
+        for length, alone, together in zip(LENGTHS, one["tokens"], many["tokens"], strict=True)
+        if alone != together
+    ]
+    found += [
+        f"worker {rank} has other groups than worker 0"
+        for rank, groups in enumerate(many["groups"])
+        if groups != many["groups"][0]
+    ]
+    return found
+
+
+def complete(server: Server, prompt: list[int]) -> list[str]:
+    """Return the tokens of one greedy completion over HTTP."""
+    body = {"model": "focus-demo", "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
+    body |= {"ignore_eos": True, "logprobs": 0}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return list(json.load(response)["choices"][0]["logprobs"]["tokens"])
+
+
+def data_parallel() -> list[str]:
+    """Compare two engines behind one server with one; return what differs."""
+    answers = []
+    for flags in ((), ("--data-parallel-size", "2")):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*FOCUS_SERVE, "--dtype", "float32", *flags]
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+            with (
+                serving(command, Path(folder) / "log", environment) as server,
+                ThreadPoolExecutor(2 * len(LENGTHS)) as pool,
+            ):
+                answers.append(list(pool.map(lambda ids: complete(server, ids), [*prompts(), *prompts()])))
+                engines = {
+                    line.split('engine="')[1].split('"')[0]
+                    for line in server.get("/metrics").splitlines()
+                    if line.startswith("vllm:request_success_total") and not line.endswith(" 0.0")
+                }
+    if len(engines) != 2:
+        return [f"requests were answered by engines {sorted(engines)}, not by two"]
+    return [
+        f"prompt of {len(ids)} tokens: {alone} by one engine, {together} by two"
+        for ids, alone, together in zip([*prompts(), *prompts()], *answers, strict=True)
+        if alone != together
+    ]
+
+
+def main() -> int:
+    """Parse the command line and run; 1 if anything differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["tensor", "data", "ray", "mp"])
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.output:
+        arguments.output.write_text(json.dumps(generate(arguments.workers, arguments.what)))
+        return 0
+    if arguments.what == "data":
+        found = data_parallel()
+    else:
+        executor = "ray" if arguments.what == "ray" else "mp"
+        found = differences(in_a_process(1, executor), in_a_process(2, executor))
+    sys.stdout.write("\n".join(found or ["the same tokens, and the same groups on every rank"]) + "\n")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

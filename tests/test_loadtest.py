@@ -1,0 +1,183 @@
+"""Load tests: which cells they run, what they make of figures, what they advise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.__main__ import RESULTS, length, main
+from loadtest.advise import Measured, classify, read_trace
+from loadtest.capacity import SIDES, fit, scale
+from loadtest.charts import bars, lines
+from loadtest.report import render
+from loadtest.scenarios import Plan, conversation
+
+PLAN = Plan(
+    lengths=[1000, 50_000],
+    concurrencies=[1, 4],
+    rates=[],
+    turns=0,
+    beside=False,
+    requests=20,
+    tokens=200_000,
+    output_tokens=8,
+    seed=7,
+)
+
+
+def row(side: str, prompt: int, ttft: float, **changes: Any) -> dict[str, Any]:
+    """Return a line of cells.jsonl."""
+    return {
+        "side": side, "scenario": "grid", "length": prompt, "concurrency": 1, "rate": None, "seed": 1,
+        "requests": 4, "completed": 4, "failed": 0, "prompt_tokens": prompt, "duration": 4 * ttft,
+        "requests_per_second": 1 / ttft, "goodput": 0.5, "meets_objective": side == "focus",
+        "ttft_p50": ttft, "ttft_p95": ttft * 1.1, "ttft_p99": ttft * 1.2, "tpot_p50": 0.01, "tpot_p95": 0.02,
+        "server_prefix_hits": 0.0, "server_preemptions": 0.0, "server_kv_peak": 0.1,
+        "server_keys_read_prefill": 0.4, "server_keys_read_decode": 0.3,
+        "server_queue": 0.01, "server_prefill": ttft, "server_decode": 0.1, **changes,
+    }  # fmt: skip
+
+
+def test_a_length_is_written_as_people_write_it() -> None:
+    assert [length(text) for text in ("700", "8k", "0.5m")] == [700, 8192, 524288]
+
+
+def test_cells_of_a_plan_share_no_prompt_and_no_salt_and_are_the_same_for_both_sides() -> None:
+    cells = PLAN.grid(kv_tokens=None)
+    assert cells == PLAN.grid(kv_tokens=None)
+    assert len({cell.seed for cell in cells}) == len({cell.salt for cell in cells}) == len(cells) == 4
+
+
+def test_the_turns_of_a_conversation_share_their_history() -> None:
+    first, second, _ = turns = conversation(dataclasses.replace(PLAN, turns=3))
+    assert len({cell.salt for cell in turns}) == len({cell.seed for cell in turns}) == 1
+    assert first.history < first.length < second.history < second.length
+
+
+def test_long_prompts_are_sent_fewer_times_but_fill_every_place() -> None:
+    assert [cell.requests for cell in PLAN.grid(None)] == [20, 20, 4, 4]
+
+
+def test_prompts_that_do_not_fit_in_the_cache_together_are_left_out() -> None:
+    cells = [(cell.length, cell.concurrency) for cell in PLAN.grid(kv_tokens=60_000)]
+    assert cells == [(1000, 1), (1000, 4), (50_000, 1)]
+
+
+def test_measured_times_are_exact_where_measured_and_interpolated_between() -> None:
+    measured = Measured("x", (1000, 4000), ((1.0, 1.0), (16.0, 4.0)), ((0.01, 0.01), (0.02, 0.01)))
+    assert measured.seconds("prefill", 4000) == (16.0, 4.0)
+    assert measured.seconds("prefill", 2000) == pytest.approx((4.0, 2.0))
+    assert measured.seconds("prefill", 500) == (0.5, 0.5)
+    assert measured.seconds("prefill", 8000) == (64.0, 16.0)
+    assert measured.seconds("decode", 8000) == (0.02, 0.01)
+
+
+@pytest.mark.parametrize("name", ["engine-h200.json", "cpu.json"])
+def test_published_measurements_can_be_used(name: str) -> None:
+    measured = Measured.read(RESULTS / name)
+    assert len(measured.lengths) >= 4
+    assert all(dense > 0 and focus > 0 for dense, focus in (*measured.prefill, *measured.decode))
+
+
+def test_advice_adds_up_what_requests_cost(tmp_path: Path) -> None:
+    cells = tmp_path / "cells.jsonl"
+    rows = [
+        row(side, prompt, ttft)
+        for side, prompt, ttft in (
+            ("dense", 1000, 1.0), ("focus", 1000, 2.0), ("dense", 100_000, 100.0), ("focus", 100_000, 25.0),
+        )
+    ]  # fmt: skip
+    cells.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    log = [
+        "INFO starting",
+        json.dumps({"path": "/v1/completions", "prompt_tokens": 1000, "tokens": 1}),
+        json.dumps({"path": "/v1/completions", "prompt_tokens": 100_000, "tokens": 101}),
+        json.dumps({"path": "/v1/models"}),
+    ]
+    short, long = classify(read_trace(log), Measured.read(cells))
+    assert (short.name, short.requests, short.total) == ("0-1k", 1, (1.0, 2.0))
+    assert (long.name, long.requests) == ("32k-128k", 1)
+    assert long.prefill == (100.0, 25.0)
+    assert long.decode == pytest.approx((1.0, 1.0))
+
+
+def test_advice_says_where_focus_does_not_pay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "access.jsonl"
+    trace.write_text('{"prompt_tokens": 3000, "tokens": 100}\n')
+    assert main(["advise", "--trace", str(trace)]) == 0
+    said = capsys.readouterr().out
+    assert "Do not use Focus for this traffic" in said
+    trace.write_text('{"prompt_tokens": 250000, "tokens": 100}\n')
+    assert main(["advise", "--trace", str(trace)]) == 0
+    assert "Do not use" not in capsys.readouterr().out
+
+
+def test_the_capacity_model_gives_the_times_that_it_was_fitted_to() -> None:
+    measured = Measured.read(RESULTS / "engine-h200.json")
+    for side, fitted in fit(measured).items():
+        for prompt, times in zip(measured.lengths, measured.prefill, strict=True):
+            assert fitted.seconds(prompt) == pytest.approx(times[SIDES.index(side)], rel=0.1)
+
+
+def test_the_capacity_model_foretells_a_length_it_has_not_seen() -> None:
+    """Fitted without the longest prompt, it gives that within 10 %."""
+    measured = Measured.read(RESULTS / "engine-h200.json")
+    known = Measured("x", measured.lengths[:-1], measured.prefill[:-1], measured.decode[:-1])
+    for side, fitted in fit(known).items():
+        assert fitted.seconds(measured.lengths[-1]) == pytest.approx(
+            measured.prefill[-1][SIDES.index(side)], rel=0.1
+        )
+
+
+def test_a_model_spread_over_as_many_gpus_as_it_has_more_work_keeps_its_times() -> None:
+    fitted = fit(Measured.read(RESULTS / "engine-h200.json"))
+    assert scale(fitted, "8b", 1)["focus"].seconds(100_000) == pytest.approx(fitted["focus"].seconds(100_000))
+    assert scale(fitted, "8b", 2)["focus"].seconds(100_000) == pytest.approx(
+        fitted["focus"].seconds(100_000) / 2
+    )
+    # 80 layers of 64 heads for 32 of 32.
+    assert scale(fitted, "70b", 5)["dense"].quadratic == pytest.approx(fitted["dense"].quadratic)
+
+
+def test_a_trace_without_prompt_tokens_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "access.log"
+    trace.write_text("GET /v1/models 200\n")
+    assert main(["advise", "--trace", str(trace)]) == 2
+    assert "--log-format json" in capsys.readouterr().err
+
+
+def test_a_chart_puts_larger_values_higher_and_further_right() -> None:
+    chart = lines("T", {"dense p50": [(1024, 1.0), (4096, 4.0)]}, "x", "y", log_x=True, log_y=True)
+    figure = ElementTree.fromstring(chart)
+    (points,) = (line.get("points") for line in figure.iter("polyline"))
+    (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in str(points).split())
+    assert x1 < x2
+    assert y1 > y2
+
+
+def test_bars_are_as_high_as_their_values() -> None:
+    figure = ElementTree.fromstring(bars("T", {"a": {"x": 1.0, "y": 3.0}}, "s"))
+    first, second = (float(str(bar.get("height"))) for bar in figure.iter("rect"))
+    assert second == pytest.approx(3 * first, rel=0.01)
+
+
+def test_the_report_shows_the_numbers_and_needs_nothing_from_elsewhere() -> None:
+    rows = [
+        row("dense", 8192, 0.8),
+        row("focus", 8192, 0.4),
+        row("dense", 65536, 9.0),
+        row("focus", 65536, 3.0),
+    ]
+    page = render(rows, {"title": "Test <1>", "problems": ["cell x was warm"], "date": "2026-11-24"})
+    assert "Test &lt;1&gt;" in page
+    assert "cell x was warm" in page
+    assert re.findall(r">(\d\.\d\d) &#9680;", page)[:2] == ["2.00", "3.00"]
+    for shown in ("0.8", "0.4", "9", "3"):
+        assert f"<td>{shown}</td>" in page
+    assert not re.search(r"(src|href)=|url\(|@import|<script", page)
