@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,18 @@ from typing import Any
 from focus_vllm.adapter import load_adapter
 from focus_vllm.engine.settings import FocusUnsupportedError, override
 from server.errors import LaunchError
+from server.keys import read_keys
 from server.models import DEMO_FOLDER, Model
-from server.stats import stats_interval
+from server.settings import Settings
 
+# vLLM configures handlers for its own logger only.
+logger = logging.getLogger("vllm.focus_serve.launch")
+
+LONG_SHARE = 4
+"""A step is this many times what one long prompt may take of it."""
+
+GATE = "server.gate.Gate"
+LOG_CONFIG = Path(str(resources.files("server"))) / "logging.json"
 WORKER_EXTENSION = "focus_vllm.engine.worker.FocusWorkerExtension"
 PLUGIN = "focus"
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins", "vllm.stat_logger_plugins")
@@ -50,6 +61,7 @@ def plan_launch(
     additional_config: Mapping[str, Any],
     vllm_arguments: Sequence[str],
     environ: Mapping[str, str],
+    settings: Settings,
 ) -> Launch:
     """Decide how to start vLLM.
 
@@ -59,29 +71,34 @@ def plan_launch(
         additional_config: The user's own `--additional-config`.
         vllm_arguments: The user's other arguments; they win over the defaults chosen here.
         environ: The process environment.
+        settings: Those of focus-serve.
 
     Raises:
         LaunchError: The arguments or the environment contradict Focus; every reason is listed.
     """
-    stats_interval(environ)
-    if reasons := _conflicts(adapter, additional_config, vllm_arguments, environ):
+    reasons = _conflicts(adapter, additional_config, vllm_arguments, environ)
+    if reasons := reasons + _key_conflicts(vllm_arguments, environ, settings):
         raise LaunchError("; ".join(reasons))
     config = dict(additional_config)
     # vLLM takes the last of a repeated flag: defaults first, then the user's, then what Focus needs.
-    arguments = [model.location, *_defaults(model, vllm_arguments), *vllm_arguments]
+    # Of several --middleware the last is outermost: nothing of the user's runs before the gate.
+    arguments = [model.location, *_defaults(model, vllm_arguments, settings), *vllm_arguments]
+    arguments += ["--middleware", GATE]
     if adapter:
         config["focus"] = {**config.get("focus", {}), "adapter": str(adapter)}
         arguments += ["--worker-extension-cls", WORKER_EXTENSION]
     if config:
         arguments += ["--additional-config", json.dumps(config)]
-    environment = {"VLLM_PLUGINS": _plugins(environ.get("VLLM_PLUGINS"))}
+    environment = {"VLLM_PLUGINS": _plugins(environ.get("VLLM_PLUGINS")), **settings.environment()}
+    if settings.log_format == "json":
+        environment["VLLM_LOGGING_CONFIG_PATH"] = environ.get("VLLM_LOGGING_CONFIG_PATH", str(LOG_CONFIG))
     if model.location == str(DEMO_FOLDER):
         environment["VLLM_CPU_KVCACHE_SPACE"] = environ.get("VLLM_CPU_KVCACHE_SPACE", "2")
     return Launch(tuple(arguments), environment)
 
 
-def serve(launch: Launch) -> None:
-    """Run vLLM's server in this process until it is stopped.
+def serve(launch: Launch) -> int:
+    """Run vLLM's server in this process until it is stopped; return 1 if its engine died, else 0.
 
     Raises:
         LaunchError: vLLM is missing or of an untested version, or Focus cannot be loaded.
@@ -98,7 +115,48 @@ def serve(launch: Launch) -> None:
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     arguments = parser.parse_args(["serve", *launch.arguments])
     command.validate(arguments)
+    _share_steps(arguments)
     command.cmd(arguments)
+    lifecycle = getattr(arguments, "focus_lifecycle", None)
+    return int(lifecycle is not None and lifecycle.engine_failed)
+
+
+def _share_steps(arguments: argparse.Namespace) -> None:
+    """Let one long prompt take only a part of each engine step, so that short ones need not wait for its end.
+
+    vLLM gives a step to the requests that run before those that wait, so without this a long prefill is
+    alone until it is done.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    if arguments.long_prefill_token_threshold or arguments.enable_chunked_prefill is False:
+        return
+    budget = arguments.max_num_batched_tokens
+    if budget is None:
+        if not hasattr(AsyncEngineArgs, "get_batch_defaults"):
+            return
+        ranks = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+        budget = AsyncEngineArgs.get_batch_defaults(ranks)[0][UsageContext.OPENAI_API_SERVER]
+    # vLLM refuses a threshold above the longest prompt; one that fits into a step is not long.
+    if _longest_prompt(arguments) > budget:
+        arguments.long_prefill_token_threshold = budget // LONG_SHARE
+        logger.info(
+            "A prompt takes at most %d of the %d tokens of a step (--long-prefill-token-threshold)",
+            budget // LONG_SHARE,
+            budget,
+        )
+
+
+def _longest_prompt(arguments: argparse.Namespace) -> int:
+    from transformers import AutoConfig
+
+    if (arguments.max_model_len or 0) > 0:
+        return int(arguments.max_model_len)
+    config = AutoConfig.from_pretrained(
+        arguments.model_tag, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
+    )
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 0
 
 
 def peek(vllm_arguments: Sequence[str]) -> argparse.Namespace:
@@ -136,6 +194,28 @@ def _conflicts(
     return reasons
 
 
+def _key_conflicts(
+    vllm_arguments: Sequence[str], environ: Mapping[str, str], settings: Settings
+) -> list[str]:
+    reasons = []
+    names = {argument.partition("=")[0].replace("_", "-") for argument in vllm_arguments}
+    if "--api-key" in names:
+        reasons.append(
+            "--api-key shows the key to everybody on this machine: put its hash in --api-key-file "
+            "(focus-serve --make-key NAME), or the key in VLLM_API_KEY"
+        )
+    if "--grpc" in names:
+        reasons.append("--grpc knows neither keys nor limits: use vllm serve for that")
+    if settings.api_key_file:
+        if environ.get("VLLM_API_KEY"):
+            reasons.append("VLLM_API_KEY is set, so vLLM would refuse the keys of --api-key-file: unset it")
+        try:
+            read_keys(settings.api_key_file)
+        except LaunchError as error:
+            reasons.append(str(error))
+    return reasons
+
+
 def _override_problems(adapter: Path, overrides: dict[str, Any]) -> list[str]:
     try:
         override(load_adapter(adapter).config, overrides)
@@ -144,12 +224,19 @@ def _override_problems(adapter: Path, overrides: dict[str, Any]) -> list[str]:
     return []
 
 
-def _defaults(model: Model, vllm_arguments: Sequence[str]) -> list[str]:
+def _defaults(model: Model, vllm_arguments: Sequence[str], settings: Settings) -> list[str]:
     if "--config" in vllm_arguments:  # vLLM puts the file's settings first, so defaults would win over them
         return []
-    names = ["--served-model-name", *model.served_names] if model.served_names else []
-    # The demo should answer within seconds; compiling it costs more than it gains.
-    return [*names, "--enforce-eager"] if model.location == str(DEMO_FOLDER) else names
+    # The gate writes a better access log.
+    defaults = ["--disable-uvicorn-access-log", "--shutdown-timeout", str(settings.drain_timeout)]
+    if settings.log_format == "json":
+        defaults += ["--log-config-file", str(LOG_CONFIG)]
+    if model.served_names:
+        defaults += ["--served-model-name", *model.served_names]
+    if model.location == str(DEMO_FOLDER):
+        # The demo should answer within seconds; compiling it costs more than it gains.
+        defaults.append("--enforce-eager")
+    return defaults
 
 
 def _plugins(allowed: str | None) -> str:

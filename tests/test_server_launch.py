@@ -22,8 +22,11 @@ from transformers import LlamaConfig
 import focus_vllm
 from server import launch
 from server.cli import main
+from server.keys import Keyring, make_key
 from server.models import DEMO_ADAPTER, DEMO_FOLDER, read_aliases, resolve_model
+from server.settings import Settings
 
+DEFAULTS = ["--disable-uvicorn-access-log", "--shutdown-timeout", "120"]
 EXTENSION = "focus_vllm.engine.worker.FocusWorkerExtension"
 
 
@@ -56,7 +59,8 @@ def value_of(arguments: list[str], flag: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", "FOCUS_STATS_INTERVAL", "VLLM_CPU_KVCACHE_SPACE"):
+    own = [name for name in os.environ if name.startswith("FOCUS_")]
+    for name in ("VLLM_PLUGINS", "VLLM_USE_RUST_FRONTEND", "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", *own):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -140,12 +144,12 @@ def test_additional_config_of_the_user_is_kept_beside_focus(
 def test_adapter_none_serves_stock_attention(capsys: pytest.CaptureFixture[str], model_folder: Path) -> None:
     command = dry_run(capsys, "--model", model_folder, "--adapter", "none")
     assert command["model"] == str(model_folder)
-    assert command["arguments"] == []
+    assert command["arguments"] == [*DEFAULTS, "--middleware", "server.gate.Gate"]
 
 
 def test_config_file_of_vllm_is_not_overridden_by_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     command = dry_run(capsys, "--adapter", "none", "--config", "settings.yaml")
-    assert command["arguments"] == ["--config", "settings.yaml"]
+    assert command["arguments"] == ["--config", "settings.yaml", "--middleware", "server.gate.Gate"]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_vllm_plugins_gains_focus_and_loses_nothing(
 
     monkeypatch.setattr(launch, "entry_points", entry_points)
     environ = {} if allowed is None else {"VLLM_PLUGINS": allowed}
-    plan = launch.plan_launch(resolve_model("m", {}), None, {}, [], environ)
+    plan = launch.plan_launch(resolve_model("m", {}), None, {}, [], environ, Settings())
     assert set(plan.environment["VLLM_PLUGINS"].split(",")) == expected
 
 
@@ -200,7 +204,8 @@ def test_an_alias_names_the_model_and_is_served_under_both_names(capsys: pytest.
     command = dry_run(capsys, "--model", "llama-8b", "--adapter", "none")
     name = read_aliases()["llama-8b"]
     assert command["model"] == name
-    assert command["arguments"] == ["--served-model-name", "llama-8b", name]
+    names = ["--served-model-name", "llama-8b", name]
+    assert command["arguments"] == [*DEFAULTS, *names, "--middleware", "server.gate.Gate"]
 
 
 def test_alias_file_adds_and_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,3 +445,134 @@ def test_a_setting_that_the_engine_would_refuse_is_refused_before_it_starts(
             capsys, "--model", model_folder, "--adapter", adapter_file, "--additional-config", additional
         )
         assert expected in message
+
+
+# Settings
+
+
+def test_a_flag_wins_over_a_variable_and_that_over_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("max_queued_requests = 1\nmax_queued_tokens = 2\ndrain_timeout = 3\nlog_prompts = true\n")
+    monkeypatch.setenv("FOCUS_MAX_QUEUED_REQUESTS", "10")
+    monkeypatch.setenv("FOCUS_MAX_QUEUED_TOKENS", "20")
+    flags = ["--adapter", "none", "--focus-config", file, "--max-queued-requests", "100"]
+    assert main([*map(str, flags), "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    command = words(printed.out)
+    own = {name: value for name, value in command["env"].items() if name.startswith("FOCUS_")}
+    assert own == {
+        "FOCUS_MAX_QUEUED_REQUESTS": "100",
+        "FOCUS_MAX_QUEUED_TOKENS": "20",
+        "FOCUS_DRAIN_TIMEOUT": "3",
+        "FOCUS_LOG_PROMPTS": "True",
+    }
+    assert value_of(command["arguments"], "--shutdown-timeout") == "3"
+    assert "max_queued_tokens = 20\n" in printed.err
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert Settings().environment() == own
+
+
+def test_every_wrong_setting_is_named_with_its_value_and_what_it_is_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("request_timeout = -1\n")
+    monkeypatch.setenv("FOCUS_MAX_BODY_MB", "large")
+    message = refusal(capsys, "--focus-config", file, "--log-format", "xml")
+    for part in (
+        f"request_timeout in {str(file)!r} is -1, it should be greater than 0: seconds that a request may",
+        "FOCUS_MAX_BODY_MB is 'large', it should be a valid number",
+        "in MiB; more gets 413 (without it: 64)",
+        "--log-format is 'xml', it should be 'text' or 'json'",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("max_bodymb = 1", "no setting is called max_bodymb; there are model"),
+        ("a = ", "cannot read"),
+        (None, "No such"),
+    ],
+)
+def test_a_wrong_settings_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, reason: str
+) -> None:
+    file = tmp_path / "settings.toml"
+    if content:
+        file.write_text(content)
+    message = refusal(capsys, "--focus-config", file)
+    assert str(file) in message
+    assert reason in message
+
+
+def test_a_target_that_cannot_be_read_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "FOCUS_SLO_TTFT: 'soon'" in refusal(capsys, "--slo-ttft", "soon")
+
+
+def test_log_format_json_reaches_vllm_and_uvicorn(capsys: pytest.CaptureFixture[str]) -> None:
+    command = dry_run(capsys, "--adapter", "none", "--log-format", "json")
+    file = Path(command["env"]["VLLM_LOGGING_CONFIG_PATH"])
+    assert value_of(command["arguments"], "--log-config-file") == str(file)
+    assert json.loads(file.read_text())["loggers"]["vllm"]["handlers"] == ["json"]
+
+
+# Keys
+
+
+def test_make_key_prints_a_line_for_the_file_and_the_key_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.toml"
+    for name in ("alice", "bob-2"):
+        assert main(["--make-key", name]) == 0
+        printed = capsys.readouterr()
+        with file.open("a") as output:
+            output.write(printed.out)
+        key = printed.err.split()[-1]
+        assert key.startswith("focus-")
+        assert key not in printed.out
+        found = Keyring(file).find(key)
+        assert found
+        assert found[0] == name
+    assert "'a b'" in refusal(capsys, "--make-key", "a b")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('alice = "focus-secret"', "alice is wrong"),
+        (
+            'a = {sha256 = "focus-secret"}\nb = {sha256 = "0", limit = 1}',
+            "a.sha256, b.limit, b.sha256 is wrong",
+        ),
+        ("alice", "cannot read"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_wrong_file_of_keys_is_refused_without_showing_what_is_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, reason: str
+) -> None:
+    file = tmp_path / "keys.toml"
+    if content:
+        file.write_text(content)
+    message = refusal(capsys, "--adapter", "none", "--api-key-file", file)
+    assert str(file) in message
+    assert reason in message
+    assert "secret" not in message
+
+
+def test_keys_on_the_command_line_and_ways_around_the_gate_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys.toml").write_text(make_key("alice")[1])
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    flags = ["--adapter", "none", "--api-key-file", tmp_path / "keys.toml", "--api_key=secret", "--grpc"]
+    message = refusal(capsys, *flags)
+    for part in ("--api-key shows the key", "--grpc knows neither", "VLLM_API_KEY is set"):
+        assert part in message
+    assert "secret" not in message
