@@ -18,9 +18,12 @@ from pydantic import BaseModel
 from starlette.datastructures import State
 
 from server.errors import LaunchError
-from server.metrics import FocusMetrics
-from server.stats import StatsPoller, WorkerClient, stats_interval
+from server.lifecycle import Lifecycle
+from server.metrics import FocusMetrics, GateMetrics
+from server.settings import Settings
+from server.stats import StatsPoller, WorkerClient
 from server.status import StatusSource, status_router
+from server.traffic import Traffic
 from server.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -72,15 +75,20 @@ class FocusState:
         self._info = info
         self._poller = poller
 
+    @property
+    def keys_read(self) -> dict[str, float | None]:
+        """Mean fraction of keys read by phase, as of the last time the workers were asked."""
+        phases = self._poller.phases if self._poller else {}
+        return {phase: stats.fraction for phase, stats in phases.items()}
+
     async def current_info(self) -> FocusInfo:
         """Return the info with figures as fresh as the engine allows."""
         if self._poller is None:
             return self._info
         await self._poller.refresh(STATS_TIMEOUT)
-        fractions = {phase: stats.fraction for phase, stats in self._poller.phases.items()}
         age = round(self._poller.age, 3)
         return self._info.model_copy(
-            update={"keys_read": KeysRead(**fractions), "keys_read_age_seconds": age}
+            update={"keys_read": KeysRead(**self.keys_read), "keys_read_age_seconds": age}
         )
 
 
@@ -103,6 +111,10 @@ class FocusEndpointPlugin:
         router.add_api_route("/info", _get_info, response_model=FocusInfo)
         app.include_router(router)
         app.include_router(status_router())
+        self._settings = Settings()
+        self._traffic = app.state.traffic = Traffic(GateMetrics(self._registry))
+        self._lifecycle = Lifecycle(self._traffic, self._settings)
+        app.include_router(self._lifecycle.router())
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Check that the workers run Focus, and watch them and the requests from now on.
@@ -113,6 +125,7 @@ class FocusEndpointPlugin:
         info = FocusInfo(attention="dense", versions=installed_versions())
         state.focus = FocusState(info)
         if engine_client is None:
+            self._lifecycle.start(None, state, args)
             return
         configured = "focus" in (args.additional_config or {})
         if configured:
@@ -126,9 +139,13 @@ class FocusEndpointPlugin:
         if configured:
             poller = StatsPoller(engine_client, metrics)
             state.focus = FocusState(info, poller)
+            if models := getattr(state, "openai_serving_models", None):
+                _list_adapter(models, info)
             if metrics:
-                self._run(poller.run(stats_interval(os.environ)))
+                self._run(poller.run(self._settings.stats_interval))
         self._watch_requests(engine_client, state)
+        self._traffic.watch(engine_client)
+        self._lifecycle.start(engine_client, state, args)
 
     def _watch_requests(self, engine_client: Any, state: State) -> None:
         from vllm.v1.metrics.prometheus import get_prometheus_registry
@@ -184,6 +201,20 @@ async def _ask_workers(client: WorkerClient) -> FocusInfo:
         dense_layers=sorted({layer for worker in running for layer in worker["dense_layers"]}),
         config=first["config"],
     )
+
+
+def _list_adapter(models: Any, info: FocusInfo) -> None:
+    """Let `/v1/models` name the adapter beside the model, in a field of its own."""
+    show = models.show_available_models
+
+    async def show_with_adapter() -> Any:
+        answer = await show()
+        for card in answer.data:
+            if card.parent is None:
+                card.adapter = info.adapter and info.adapter.model_dump()
+        return answer
+
+    models.show_available_models = show_with_adapter
 
 
 def _is_first(engine_client: Any) -> bool:

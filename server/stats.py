@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from server.errors import LaunchError
 from server.metrics import PHASES, FocusMetrics
 
 # vLLM configures handlers for its own logger only.
@@ -107,19 +105,3 @@ class StatsPoller:
                 )
         self.phases = fresh
         self._read_at = time.monotonic()
-
-
-def stats_interval(environ: Mapping[str, str]) -> float:
-    """Return the seconds between two reads: FOCUS_STATS_INTERVAL, by default 5.
-
-    Raises:
-        LaunchError: It is not a number > 0.
-    """
-    text = environ.get("FOCUS_STATS_INTERVAL", "5")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise LaunchError(f"FOCUS_STATS_INTERVAL ({text!r}) must be a number of seconds > 0")
-    return seconds
