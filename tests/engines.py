@@ -97,16 +97,20 @@ class StoredGroups:
         )
         self._query_stores: dict[int, torch.Tensor] = {}
         self._groups: dict[tuple[int, ...], dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
-        store, free = FocusCPUImpl._store, self._scheduler.kv_cache_manager.free
+        forward, free = FocusCPUImpl.forward, self._scheduler.kv_cache_manager.free
         preempt = self._scheduler._preempt_request
 
-        def store_queries_too(impl, focus, cache, attn_metadata):
-            store(impl, focus, cache, attn_metadata)
-            kept = self._query_stores.setdefault(id(focus), torch.zeros_like(focus.store))
-            slots = attn_metadata.new_slots
-            kept[slots] = focus.query_groups[: len(slots)]
+        def keep_query_groups_too(impl, *args, **kwargs):
+            output = forward(impl, *args, **kwargs)
+            focus, metadata = impl.focus, args[5]
+            if focus is not None and metadata is not None:
+                kept = self._query_stores.setdefault(id(focus), torch.zeros_like(focus.store))
+                kept[metadata.new_slots] = focus.query_groups[: len(metadata.new_slots)]
+            return output
 
         def keep_and_free(request):
+            for focus in self._layers.values():
+                focus.deferred.flush()
             self._keep(request)
             free(request)
 
@@ -114,7 +118,7 @@ class StoredGroups:
             self.preemptions += 1
             preempt(*args, **kwargs)
 
-        monkeypatch.setattr(FocusCPUImpl, "_store", store_queries_too)
+        monkeypatch.setattr(FocusCPUImpl, "forward", keep_query_groups_too)
         monkeypatch.setattr(self._scheduler.kv_cache_manager, "free", keep_and_free)
         monkeypatch.setattr(self._scheduler, "_preempt_request", count_and_preempt)
 

@@ -203,8 +203,11 @@ def _hook(projection: nn.Module, layer: LayerFocus) -> None:
 
     def route_tokens(_: nn.Module, args: tuple[Any, ...]) -> None:
         hidden = args[0].flatten(0, -2)  # vLLM's Transformers backend has a batch dimension of 1
-        route = torch.ops.focus.route if torch.compiler.is_compiling() else _route_op
-        route(hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k)
+        arguments = (hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k)
+        if torch.compiler.is_compiling():
+            torch.ops.focus.route(*arguments)
+        elif not (layer.deferred and layer.deferred.keep(layer.deferred_row, hidden)):
+            _route_op(*arguments)
 
     def wait_for_routing(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         projected = output[0] if isinstance(output, tuple) else output

@@ -14,8 +14,10 @@ import functools
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm import _custom_ops as ops
+from vllm.config import CompilationMode
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -25,8 +27,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from focus_vllm.engine.deferred import DeferredRouting
 from focus_vllm.engine.state import LayerFocus
 from focus_vllm.kernels.sdpa import PagedKeys, focus_sdpa
+
+IntArray = npt.NDArray[np.int64]
 
 
 class FocusCPUBackend(CPUAttentionBackend):
@@ -71,51 +76,48 @@ class RoutedQueries:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DenseQueries:
-    """The batch's queries at positions below `dense_below`."""
+    """The queries at positions below `dense_below` in a batch that has others too."""
 
-    rows: torch.Tensor | None
-    """`[num_dense]`, int64: where they are in the batch; None if they are all of it."""
+    rows: torch.Tensor
+    """`[num_dense]`, int64: where they are in the batch."""
     metadata: CPUAttentionMetadata
-    pairs: dict[str, int]
-    """(query, key) pairs by phase."""
 
 
 @dataclasses.dataclass
 class FocusCPUMetadata(CPUAttentionMetadata):
     """vLLM's metadata of the whole batch, and how routed layers split it."""
 
-    new_slots: torch.Tensor | None = None
+    new_slots: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """`[num_actual_tokens]`, int64: `slot_mapping` without padding."""
+    deferred: bool = False
+    """Whether the new tokens' groups are stored later."""
     dense: DenseQueries | None = None
     routed: list[RoutedQueries] = dataclasses.field(default_factory=list)
-    unpack: torch.Tensor | None = None
-    """`[num_blocks]`, int64: blocks that routed queries read and that have no rows yet."""
+    unpack: list[int] = dataclasses.field(default_factory=list)
+    """Blocks that routed queries read and that have no rows yet."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Spans:
     """Each request's new tokens: their first row in the batch, and their positions [begin, end)."""
 
-    rows: np.ndarray
-    begins: np.ndarray
-    ends: np.ndarray
+    rows: IntArray
+    begins: IntArray
+    ends: IntArray
+    decodes: npt.NDArray[np.bool_]
+    """Which requests decode; the others prefill."""
 
     @classmethod
     def of(cls, common: CommonAttentionMetadata) -> _Spans:
         starts = common.query_start_loc_cpu.numpy().astype(np.int64)
         ends = common.seq_lens.numpy().astype(np.int64)
-        return cls(starts[:-1], ends - np.diff(starts), ends)
+        begins = ends - np.diff(starts)
+        return cls(starts[:-1], begins, ends, (ends - begins == 1) & (begins > 0))
 
-    @property
-    def decodes(self) -> np.ndarray:
-        """Which requests decode; the others prefill."""
-        return (self.ends - self.begins == 1) & (self.begins > 0)
 
-    def causal_pairs(self, ends: np.ndarray) -> dict[str, int]:
-        """Count the (query, key) pairs of dense causal attention for queries at [begin, end), by phase."""
-        pairs = (ends * (ends + 1) - self.begins * (self.begins + 1)) // 2
-        decodes = self.decodes
-        return {"prefill": int(pairs[~decodes].sum()), "decode": int(pairs[decodes].sum())}
+def _causal_pairs(begin: Any, end: Any) -> Any:
+    """Count the (query, key) pairs of dense causal attention for queries at [begin, end)."""
+    return (end * (end + 1) - begin * (begin + 1)) // 2
 
 
 class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -126,9 +128,12 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         context = vllm_config.compilation_config.static_forward_context
-        focuses = [context[name].impl.focus for name in layer_names]
-        configs = [focus.config for focus in focuses if focus is not None]
-        self.dense_below = configs[0].dense_below if configs else None
+        impls = [context[name].impl for name in layer_names]
+        self.layers: list[LayerFocus] = [impl.focus for impl in impls if impl.focus is not None]
+        self.dense_below = self.layers[0].config.dense_below if self.layers else 0
+        eager = vllm_config.compilation_config.mode == CompilationMode.NONE
+        assert isinstance(self.dtype, torch.dtype)
+        self.deferred = DeferredRouting(self.layers, self.dtype) if self.layers and eager else None
         # A block's tokens are written in order, so each step either keeps this true or makes it false.
         self.has_rows = torch.zeros(vllm_config.cache_config.num_gpu_blocks, dtype=torch.bool)
 
@@ -140,32 +145,44 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> FocusCPUMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         metadata = FocusCPUMetadata(**vars(stock))
-        if self.dense_below is None:
+        if not self.layers:
             return metadata
         metadata.new_slots = slots = stock.slot_mapping[: stock.num_actual_tokens].long()
         spans = _Spans.of(common_attn_metadata)
         routed = spans.ends > self.dense_below
-        if not routed.any():
+        any_routed = bool(routed.any())
+        if self.deferred:
+            decodes_only = common_attn_metadata.max_query_len == 1
+            metadata.deferred = decodes_only and not any_routed and self.deferred.begin_step(slots)
+            if not metadata.deferred:
+                self.deferred.flush()
+        self._count_dense(spans)
+        if not any_routed:
             self.has_rows[slots // self.block_size] = False
-            metadata.dense = DenseQueries(None, stock, spans.causal_pairs(spans.ends))
             return metadata
         without_rows = torch.from_numpy(np.repeat(~routed, spans.ends - spans.begins))
         self.has_rows[slots[without_rows] // self.block_size] = False
         metadata.routed, metadata.unpack = self._routed(common_attn_metadata, spans, routed)
-        metadata.dense = self._dense(common_attn_metadata, spans, stock)
+        metadata.dense = self._dense(common_attn_metadata, spans)
         return metadata
+
+    def _count_dense(self, spans: _Spans) -> None:
+        ends = np.clip(self.dense_below, spans.begins, spans.ends)
+        pairs = _causal_pairs(spans.begins, ends) * len(self.layers)
+        for phase, chosen in (("prefill", ~spans.decodes), ("decode", spans.decodes)):
+            if number := int(pairs[chosen].sum()):
+                self.layers[0].counts.add(phase, number, number)
 
     def _routed(
         self, common: CommonAttentionMetadata, spans: _Spans, routed: np.ndarray
-    ) -> tuple[list[RoutedQueries], torch.Tensor]:
-        assert self.dense_below is not None
+    ) -> tuple[list[RoutedQueries], list[int]]:
         queries, unpack = [], []
         offsets = torch.arange(self.block_size)
         for request in np.flatnonzero(routed):
             row, begin, end = (int(values[request]) for values in (spans.rows, spans.begins, spans.ends))
             blocks = common.block_table_tensor[request, : -(-end // self.block_size)].long()
             self.has_rows[blocks[-(-begin // self.block_size) :]] = True  # all of them are new
-            unpack.append(blocks[~self.has_rows[blocks]])
+            unpack += blocks[~self.has_rows[blocks]].tolist()
             self.has_rows[blocks] = True
             first = max(begin, self.dense_below)
             queries.append(
@@ -176,12 +193,10 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                     phase="decode" if spans.decodes[request] else "prefill",
                 )
             )
-        return queries, torch.cat(unpack)
+        return queries, unpack
 
-    def _dense(
-        self, common: CommonAttentionMetadata, spans: _Spans, stock: CPUAttentionMetadata
-    ) -> DenseQueries | None:
-        ends = np.maximum(np.minimum(spans.ends, self.dense_below), spans.begins)
+    def _dense(self, common: CommonAttentionMetadata, spans: _Spans) -> DenseQueries | None:
+        ends = np.clip(self.dense_below, spans.begins, spans.ends)
         lengths = ends - spans.begins
         chosen = np.flatnonzero(lengths)
         if not len(chosen):
@@ -201,7 +216,7 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 block_table_tensor=common.block_table_tensor[chosen],
             ),
         )
-        return DenseQueries(torch.from_numpy(rows), metadata, spans.causal_pairs(ends))
+        return DenseQueries(torch.from_numpy(rows), metadata)
 
 
 class FocusCPUImpl(CPUAttentionBackendImpl):
@@ -241,22 +256,21 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
         focus, cache = self.focus, self._halves(kv_cache)
         if focus is None:
             return super().forward(layer, query, key, value, cache.stock, attn_metadata, output, *scales)
-        self._store(focus, cache, attn_metadata)
-        dense = attn_metadata.dense
+        slots, dense = attn_metadata.new_slots, attn_metadata.dense
+        assert focus.store is not None
+        if not attn_metadata.deferred:
+            focus.store.index_copy_(0, slots, focus.key_groups[: len(slots)])
+        if not attn_metadata.routed:
+            return super().forward(layer, query, key, value, cache.stock, attn_metadata, output, *scales)
         if dense is not None:
-            focus.counts.add_dense(dense.pairs)
-            if dense.rows is None:
-                return super().forward(layer, query, key, value, cache.stock, attn_metadata, output, *scales)
             part = query[dense.rows]
             output[dense.rows] = super().forward(
                 layer, part, key, value, cache.stock, dense.metadata, torch.empty_like(part), *scales
             )
-        assert attn_metadata.new_slots is not None
-        assert attn_metadata.unpack is not None
         cache.unpack(attn_metadata.unpack, self.isa)
         for queries in attn_metadata.routed:
             new = queries.new
-            cache.rows[attn_metadata.new_slots[new]] = torch.cat([key[new], value[new]], dim=-1)
+            cache.rows.index_copy_(0, slots[new], torch.cat([key[new], value[new]], dim=-1))
         for queries in attn_metadata.routed:
             output[queries.rows] = self._attend(focus, query[queries.rows], queries, cache)
         return output
@@ -264,15 +278,9 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
     def _halves(self, kv_cache: torch.Tensor) -> _Cache:
         if self._cache is None or self._cache.whole is not kv_cache:
             self._cache = _Cache.of(kv_cache)
+            if self.focus is not None:
+                self.focus.store = torch.zeros(len(self._cache.rows), dtype=self.focus.key_groups.dtype)
         return self._cache
-
-    def _store(self, focus: LayerFocus, cache: _Cache, attn_metadata: FocusCPUMetadata) -> None:
-        """Keep the new tokens' groups."""
-        if focus.store is None or len(focus.store) != len(cache.rows):
-            focus.store = torch.zeros(len(cache.rows), dtype=focus.key_groups.dtype)
-        slots = attn_metadata.new_slots
-        assert slots is not None
-        focus.store.index_copy_(0, slots, focus.key_groups[: len(slots)])
 
     def _attend(
         self, focus: LayerFocus, query: torch.Tensor, queries: RoutedQueries, cache: _Cache
@@ -282,9 +290,8 @@ class FocusCPUImpl(CPUAttentionBackendImpl):
         output, pairs = focus_sdpa(
             query, focus.query_groups[queries.rows], keys, focus.config, self.scale, self.logits_soft_cap
         )
-        end, begin = len(queries.slots), len(queries.slots) - len(query)
-        candidates = (end * (end + 1) - begin * (begin + 1)) // 2
-        focus.counts.add(queries.phase, candidates, pairs)
+        seq_len = len(queries.slots)
+        focus.counts.add(queries.phase, _causal_pairs(seq_len - len(query), seq_len), pairs)
         return output
 
 
@@ -305,19 +312,19 @@ class _Cache:
         stock, rows = whole.view(2, num_blocks, num_kv_heads, block_size, content // 2)
         return cls(whole, stock, rows.view(num_blocks * block_size, num_kv_heads, content // 2))
 
-    def unpack(self, blocks: torch.Tensor, isa: str) -> None:
-        """Write the rows of `blocks`, `[num]`, int64."""
+    def unpack(self, blocks: list[int], isa: str) -> None:
+        """Write the rows of `blocks`."""
         num_blocks, num_kv_heads, block_size, content = self.stock.shape
         order = _row_order(self.stock.dtype, block_size, content // 2, isa)
         bits = torch.int16 if self.stock.itemsize == 2 else torch.int32  # NumPy has no bfloat16
         packed = self.stock.view(bits).view(num_blocks, num_kv_heads, -1).numpy()
         rows = self.rows.view(bits).view(num_blocks, block_size, num_kv_heads, content).numpy()
-        for block in blocks.tolist():
+        for block in blocks:
             rows[block] = packed[block].take(order, axis=1).swapaxes(0, 1)
 
 
 @functools.cache
-def _row_order(dtype: torch.dtype, block_size: int, head_size: int, isa: str) -> np.ndarray:
+def _row_order(dtype: torch.dtype, block_size: int, head_size: int, isa: str) -> IntArray:
     """Return where a block of vLLM's layout has each element of its rows.
 
     Found by having vLLM store numbers that say where they came from, so it holds for any instruction set.
@@ -330,9 +337,10 @@ def _row_order(dtype: torch.dtype, block_size: int, head_size: int, isa: str) ->
     digits = []
     for digit in (source % base, source // base):
         key, value = digit.to(dtype).chunk(2, dim=-1)
-        block = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+        key_block, value_block = block = torch.zeros(2, 1, 1, block_size, head_size, dtype=dtype)
+        slots = torch.arange(block_size)
         ops.cpu_attn_reshape_and_cache(
-            key.contiguous(), value.contiguous(), *block.chunk(2, dim=2), torch.arange(block_size), isa
+            key.contiguous(), value.contiguous(), key_block, value_block, slots, isa
         )
         digits.append(block.view(-1).long())
     return (digits[0] + base * digits[1]).argsort().view(block_size, 2 * head_size).numpy()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
 from focus_vllm.config import FocusConfig
+
+if TYPE_CHECKING:
+    from focus_vllm.engine.deferred import DeferredRouting
 
 
 @dataclasses.dataclass(slots=True)
@@ -22,11 +26,6 @@ class AttentionCounts:
         """Count one layer's work on some queries; `phase` is "prefill" or "decode"."""
         self.candidate_tokens[phase] += candidate
         self.selected_tokens[phase] += selected
-
-    def add_dense(self, pairs: dict[str, int]) -> None:
-        """Count one layer's dense work, by phase."""
-        for phase, number in pairs.items():
-            self.add(phase, number, number)
 
 
 @dataclasses.dataclass(slots=True)
@@ -46,6 +45,10 @@ class LayerFocus:
     """One object for all layers."""
     store: torch.Tensor | None = None
     """`[num_slots]`: G of every cached token, at the slot of its key and value."""
+    deferred: DeferredRouting | None = None
+    """Takes the tokens that can be routed later, on a CPU."""
+    deferred_row: int = 0
+    """This layer's number in `deferred`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
