@@ -35,6 +35,8 @@ class FocusConfig:
     """Layers, by index, that stay dense."""
     temperature: float = 0.1
     """tau: scores are divided by this before Sinkhorn or softmax."""
+    decode_budget: int | None = None
+    """Most far keys, the latest, that a query computed alone attends to; None for all. See `decode_mask`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
@@ -51,6 +53,9 @@ class FocusConfig:
         ]
         if reasons:
             return reasons
+        budget = self.decode_budget
+        if budget is not None and (type(budget) is not int or budget < 0):
+            reasons.append(f"decode_budget ({budget!r}) must be None or an integer >= 0")
         if self.num_groups > MAX_GROUPS:
             reasons.append(f"num_groups ({self.num_groups}) must be <= {MAX_GROUPS}")
         for name in ("key_k", "top_k"):
@@ -63,8 +68,11 @@ class FocusConfig:
         return reasons
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types."""
-        return {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}
+        """Return the fields as JSON types, `decode_budget` only if there is one."""
+        values = {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}
+        if self.decode_budget is None:
+            del values["decode_budget"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FocusConfig:
@@ -76,6 +84,6 @@ class FocusConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown Focus setting {unknown}; known: {sorted(known)}")
-        if missing := sorted(known - set(values)):
+        if missing := sorted(known - {"decode_budget"} - set(values)):
             raise ValueError(f"missing Focus setting {missing}")
         return cls(**{**values, "dense_layers": tuple(values["dense_layers"])})

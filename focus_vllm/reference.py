@@ -51,6 +51,33 @@ def focus_mask(
     return visible(i, j, query_groups[:, None], key_groups[None, :], config)
 
 
+def decode_mask(query_groups: torch.Tensor, key_groups: torch.Tensor, config: FocusConfig) -> torch.Tensor:
+    """Return which keys the last token of a sequence attends to when it is computed alone.
+
+        M(i, j), and if share(i, j) is what lets j in, fewer than decode_budget far keys follow j:
+        |{ j' : j < j' < i - window, j' >= sink, share(i, j') }| < decode_budget
+
+    Without a budget it is `focus_mask`'s last row. With one, the output depends on whether a token is
+    computed alone, as in decoding, or with others, as in a prompt.
+
+    Args:
+        query_groups: `[1]`, bitmask Q of the last token.
+        key_groups: `[num_keys]`, bitmasks G, the last token's included.
+        config: The mask's settings.
+
+    Returns:
+        `[1, num_keys]`, bool.
+    """
+    position = len(key_groups) - 1
+    mask = focus_mask(query_groups, key_groups, config, query_start=position)
+    if config.decode_budget is None or position < config.dense_below:
+        return mask
+    j = torch.arange(len(key_groups), device=key_groups.device)
+    far = mask & (j >= config.sink) & (j < position - config.window)
+    later = far.long().flip(-1).cumsum(-1).flip(-1) - far.long()
+    return mask & ~(far & (later >= config.decode_budget))
+
+
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,

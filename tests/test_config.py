@@ -60,3 +60,9 @@ def test_unknown_and_missing_settings_are_named():
     del values["sink"]
     with pytest.raises(ValueError, match="missing Focus setting \\['sink'\\]"):
         FocusConfig.from_dict(values)
+
+
+def test_a_decode_budget_is_written_only_if_there_is_one():
+    assert "decode_budget" not in FocusConfig().to_dict()
+    config = FocusConfig(decode_budget=0)
+    assert FocusConfig.from_dict(config.to_dict()) == config

@@ -53,7 +53,7 @@ def test_settings_of_the_user_override_those_of_the_adapter(adapter):
 
 def test_everything_unsupported_is_refused_in_one_message(adapter):
     config = vllm_config(
-        {"adapter": str(adapter)},
+        {"adapter": str(adapter), "decode_budget": 500},
         use_mla=True,
         kv_transfer_config=object(),
         lora_config=object(),
@@ -65,7 +65,15 @@ def test_everything_unsupported_is_refused_in_one_message(adapter):
     with pytest.raises(FocusUnsupportedError) as error:
         read_settings(config)
     message = str(error.value)
-    for part in ("MLA", "KV connector", "LoRA", "decode_context_parallel_size is 2", "is 4", "'fp8'"):
+    for part in (
+        "MLA",
+        "KV connector",
+        "LoRA",
+        "decode_context_parallel_size is 2",
+        "is 4",
+        "'fp8'",
+        "decode_budget is 500",
+    ):
         assert part in message
     assert "hidden_size 256" in message
     assert "the model has 64" in message
@@ -89,6 +97,7 @@ def test_a_focus_setting_without_an_adapter_is_refused(focus, expected):
     [
         ({"group_dim": 8}, "['group_dim'] cannot be given"),
         ({"top_k": 99}, "top_k (99) must be <= num_groups"),
+        ({"decode_budget": -1}, "decode_budget (-1) must be None or an integer >= 0"),
     ],
 )
 def test_a_wrong_override_is_refused(adapter, overrides, expected):

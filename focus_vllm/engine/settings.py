@@ -13,7 +13,7 @@ from focus_vllm.config import FocusConfig
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-OVERRIDES = {"key_k", "top_k", "window", "sink", "dense_below", "dense_layers"}
+OVERRIDES = {"key_k", "top_k", "window", "sink", "dense_below", "dense_layers", "decode_budget"}
 
 
 class FocusUnsupportedError(RuntimeError):
@@ -55,7 +55,7 @@ def read_settings(vllm_config: VllmConfig) -> FocusSettings | None:
     adapter = load_adapter(path)
     overrides = {key: value for key, value in values.items() if key not in ("adapter", "sha256")}
     config = override(adapter.config, overrides)
-    if reasons := _refusals(vllm_config, adapter):
+    if reasons := _refusals(vllm_config, adapter, config):
         raise FocusUnsupportedError(reasons)
     return FocusSettings(path, hashlib.sha256(path.read_bytes()).hexdigest(), adapter, config)
 
@@ -76,7 +76,7 @@ def override(config: FocusConfig, values: dict[str, Any]) -> FocusConfig:
         raise FocusUnsupportedError([str(error)]) from None
 
 
-def _refusals(vllm_config: VllmConfig, adapter: Adapter) -> list[str]:
+def _refusals(vllm_config: VllmConfig, adapter: Adapter, config: FocusConfig) -> list[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     served = BaseModel.from_config(model.model, model.hf_config)
     reasons = adapter.base_model.mismatches(served)
@@ -99,6 +99,8 @@ def _refusals(vllm_config: VllmConfig, adapter: Adapter) -> list[str]:
     if vllm_config.device_config.device_type == "cpu":
         dtype = vllm_config.cache_config.cache_dtype
         checks.append((dtype.startswith("fp8"), f"kv_cache_dtype {dtype!r} on the CPU: use 'auto'"))
+        budget = config.decode_budget
+        checks.append((budget is not None, f"decode_budget is {budget}: it works on GPUs only, leave it out"))
     else:
         from vllm import envs
 
