@@ -8,9 +8,69 @@ from collections.abc import Sequence
 import torch
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.kernels.near import Cache
-from focus_vllm.reference import focus_attention
+from focus_vllm.kernels.near import Cache, Scores
+from focus_vllm.reference import decode_mask, focus_mask, masked_attention
 from focus_vllm.routing import mask_dtype, top_groups
+
+
+class SlowFlashAttention:
+    """FlashAttention's meaning by loops over sequences, where there is no GPU: paged keys, log-sum-exp."""
+
+    def __init__(self, scores: Scores, least_page: int = 1) -> None:
+        self.scores = scores
+        self.least_page = least_page
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        out: torch.Tensor,
+        block_table: torch.Tensor,
+        table_rows: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        seqused_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+    ) -> torch.Tensor:
+        if keys.shape[1] < self.least_page:
+            raise ValueError(f"pages have {keys.shape[1]} slots, at least {self.least_page} are needed")
+        scores = self.scores
+        scale, value_scale = scores.scale, 1.0
+        if scores.q_scale is not None and scores.k_scale is not None and scores.v_scale is not None:
+            # FP8 cannot be indexed.
+            scale, value_scale = scale * float(scores.q_scale * scores.k_scale), float(scores.v_scale)
+            query, keys, values = query.float(), keys.float(), values.float()
+        lse = torch.full((query.shape[1], len(query)), float("inf"), device=query.device)
+        starts = cu_seqlens_q.tolist()
+        assert starts[-1] == len(query) == len(out)
+        for sequence, used in enumerate(seqused_k.tolist()):
+            rows = slice(starts[sequence], starts[sequence + 1])
+            count = rows.stop - rows.start
+            assert count <= max_seqlen_q
+            assert used <= max_seqlen_k
+            if count == 0:
+                continue
+            row = sequence if table_rows is None else int(table_rows[sequence])
+            page_size = keys.shape[1]
+            position = torch.arange(used, device=query.device)
+            slots = block_table[row, position // page_size].long() * page_size + position % page_size
+            mask = torch.ones(count, used, dtype=torch.bool, device=query.device)
+            if causal:
+                mask = mask.tril(used - count)
+            part, part_lse = masked_attention(
+                query[rows],
+                keys.flatten(0, 1)[slots],
+                values.flatten(0, 1)[slots],
+                mask,
+                scale,
+                scores.softcap,
+            )
+            out[rows] = (part * value_scale).to(out.dtype)
+            lse[:, rows] = part_lse.T.nan_to_num(neginf=float("inf"))
+        return lse
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,25 +123,23 @@ class PagedBatch:
         first, last, _ = rows.indices(self.query_lens[request])
         end = self.seq_lens[request] - self.query_lens[request] + last
         slots = self.slots(request)[:end]
+        queries = slice(start + first, start + last)
+        groups = self.query_groups[queries], self.store[slots]
+        alone = self.query_lens[request] == 1
+        mask = (
+            decode_mask(*groups, self.config)
+            if alone
+            else focus_mask(*groups, self.config, end - (last - first))
+        )
         pages = self.cache.flatten(0, 1)
         if pages.element_size() == 1:  # FP8 cannot be indexed
             pages = pages.bfloat16()
-        queries = slice(start + first, start + last)
         num_kv_heads, head_size = self.cache.shape[2], self.query.shape[-1]
         # One key-value head at a time: in float32 a million tokens of all heads would not fit.
         outs = []
         for head, query in enumerate(self.query[queries].chunk(num_kv_heads, dim=1)):
             keys, values = torch.split(pages[slots, head : head + 1], head_size, dim=-1)
-            out, _ = focus_attention(
-                query,
-                keys,
-                values,
-                self.query_groups[queries],
-                self.store[slots],
-                self.config,
-                scale,
-                softcap,
-            )
+            out, _ = masked_attention(query, keys, values, mask, scale, softcap)
             outs.append(out)
         return torch.cat(outs, dim=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -11,10 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import DEVICE, SlowFlashAttention, assert_matches_definition, batch_of, settings
+from test_kernels import (
+    DEVICE,
+    GROUPS,
+    assert_matches_definition,
+    batch_of,
+    out_dtype_of,
+    settings,
+)
 
 from focus_vllm.config import FocusConfig
-from loadtest.paged import PagedBatch
+from focus_vllm.engine.settings import FocusUnsupportedError
+from focus_vllm.engine.state import AttentionCounts, LayerFocus
+from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.reference import focus_mask
+from loadtest.paged import PagedBatch, SlowFlashAttention
 
 LENGTHS = {"seq_lens": [30, 700, 90, 250, 400], "query_lens": [1, 1, 90, 200, 60]}
 """Two decodes, then a chunk that is all dense, one that crosses dense_below and one that is all routed."""
@@ -31,23 +43,30 @@ def backend() -> Iterator[Any]:
 
 
 class Workspace:
+    """vLLM's scratch memory, full of garbage."""
+
     def get_simultaneous(self, *sizes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
-        return [
-            torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=DEVICE)
-            for shape, dtype in sizes
-        ]
+        tensors = [torch.empty(shape, dtype=dtype, device=DEVICE) for shape, dtype in sizes]
+        for tensor in tensors:
+            tensor.view(torch.uint8).fill_(255)  # NaN, or -1
+        return tensors
 
 
-def split(backend: Any, batch: PagedBatch, config: FocusConfig | None) -> Any:
+VLLM_CONFIG = SimpleNamespace(
+    scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=8),
+    model_config=SimpleNamespace(max_model_len=1024, dtype=torch.float32),
+)
+
+
+def metadata_of(backend: Any, batch: PagedBatch, config: FocusConfig | None, slots: torch.Tensor) -> Any:
+    """What the builder adds to vLLM's metadata."""
     builder = object.__new__(backend.FocusFlashAttentionMetadataBuilder)
     builder.focus_config = config
     builder.device = torch.device(DEVICE)
     builder.num_heads_q, builder.num_heads_kv = batch.query.shape[1], batch.cache.shape[2]
     builder.first_decode = torch.arange(9, dtype=torch.int32, device=DEVICE)
-    builder.vllm_config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=8),
-        model_config=SimpleNamespace(max_model_len=1024),
-    )
+    builder.progress = Progress.zeros(8, builder.device)
+    builder.vllm_config = VLLM_CONFIG
     common = SimpleNamespace(
         max_seq_len=max(batch.seq_lens),
         max_query_len=max(batch.query_lens),
@@ -56,60 +75,193 @@ def split(backend: Any, batch: PagedBatch, config: FocusConfig | None) -> Any:
         query_start_loc_cpu=torch.tensor(batch.query_start_loc),
         seq_lens_cpu_upper_bound=torch.tensor(batch.seq_lens),
     )
-    return builder._split(common)
-
-
-def forward(backend: Any, batch: PagedBatch) -> torch.Tensor:
-    slots = torch.cat([
-        batch.slots(request)[-queries:] for request, queries in enumerate(batch.query_lens)
-    ])  # fmt: skip
-    impl = object.__new__(backend.FocusFlashAttentionImpl)
-    impl.num_heads, impl.head_size = batch.query.shape[1:]
-    impl.num_kv_heads = batch.cache.shape[2]
-    impl.scale, impl.logits_soft_cap, impl.kv_cache_dtype = impl.head_size**-0.5, 0, "auto"
-    impl.focus = SimpleNamespace(
-        config=batch.config, key_groups=batch.store[slots], query_groups=batch.query_groups, store=batch.store
-    )
-    batch.store[slots] = 0
-    metadata = SimpleNamespace(
+    focus = builder._split(common)
+    return SimpleNamespace(
         num_actual_tokens=len(batch.query),
         block_table=batch.block_table,
         seq_lens=torch.tensor(batch.seq_lens, dtype=torch.int32, device=DEVICE),
         slot_mapping=slots,
         max_num_splits=0,
-        focus=split(backend, batch, batch.config),
+        focus=focus,
+        dense_pairs=backend._dense_pairs(common, config.dense_below, focus) if config else (0, 0),
     )
-    out = torch.full_like(batch.query, float("nan"))
-    impl.forward(SimpleNamespace(), batch.query, None, None, batch.cache.transpose(1, 2), metadata, out)
-    return out
+
+
+def layer_of(backend: Any, batch: PagedBatch, slots: torch.Tensor, **changes: Any) -> Any:
+    """A routed layer whose router chose the batch's groups."""
+    impl = object.__new__(backend.FocusFlashAttentionImpl)
+    impl.num_heads, impl.head_size = batch.query.shape[1:]
+    impl.num_kv_heads = batch.cache.shape[2]
+    impl.scale, impl.logits_soft_cap, impl.kv_cache_dtype = impl.head_size**-0.5, 0, "auto"
+    impl.vllm_flash_attn_version, impl.vllm_config, impl.capacity = 3, VLLM_CONFIG, None
+    counts = AttentionCounts(totals=torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    key_groups = batch.store[slots]
+    batch.store[slots] = 0
+    impl.focus = LayerFocus(
+        batch.config, torch.empty(0), torch.empty(0), key_groups, batch.query_groups, counts, batch.store
+    )
+    for name, value in changes.items():
+        setattr(impl, name, value)
+    return impl
+
+
+def new_slots(batch: PagedBatch) -> torch.Tensor:
+    return torch.cat([
+        batch.slots(request)[-queries:] for request, queries in enumerate(batch.query_lens)
+    ])  # fmt: skip
+
+
+def forward(
+    backend: Any, batch: PagedBatch, layer: Any = None, **changes: Any
+) -> tuple[torch.Tensor, dict[str, dict[str, int]]]:
+    """Run a routed layer; return its output and what it counted."""
+    slots = new_slots(batch)
+    impl = layer_of(backend, batch, slots, **changes)
+    metadata = metadata_of(backend, batch, batch.config, slots)
+    out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
+    cache = batch.cache.transpose(1, 2)
+    if cache.dtype.itemsize == 1:
+        cache = cache.view(torch.uint8)  # as vLLM keeps FP8
+    impl.forward(layer, batch.query, None, None, cache, metadata, out)
+    return out, impl.focus.counts.read()
 
 
 @pytest.fixture
 def stand_ins(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "FlashAttention3", lambda scores, _: SlowFlashAttention(scores))
+    monkeypatch.setattr(backend, "FlashAttention2", lambda scores: SlowFlashAttention(scores, 16))
     monkeypatch.setattr(backend, "current_workspace_manager", Workspace)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 @pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])
 @pytest.mark.usefixtures("stand_ins")
 def test_batch_of_decodes_and_dense_and_routed_chunks_follows_the_definition(backend, groups):
     batch = batch_of(settings(groups, dense_below=100), **LENGTHS)
-    out = forward(backend, batch)
+    out, counts = forward(backend, batch)
     assert_matches_definition(batch, out, from_position=0)
+    assert counts == pairs_by_phase(batch)
 
 
 @pytest.mark.usefixtures("stand_ins")
 def test_batch_of_decodes_alone_follows_the_definition(backend):
     batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700, 101], query_lens=[1, 1, 1])
-    out = forward(backend, batch)
+    out, counts = forward(backend, batch)
     assert_matches_definition(batch, out, from_position=0)
+    assert counts == pairs_by_phase(batch)
+
+
+def pairs_by_phase(batch: PagedBatch) -> dict[str, dict[str, int]]:
+    """(query, key) pairs by the definition, decodes being single queries."""
+    counts = {name: {"prefill": 0, "decode": 0} for name in ("candidate_tokens", "selected_tokens")}
+    for request, start in enumerate(batch.query_start_loc[:-1]):
+        queries = batch.query_lens[request]
+        phase, begin = "decode" if queries == 1 else "prefill", batch.seq_lens[request] - queries
+        keys = batch.store[batch.slots(request)]
+        mask = focus_mask(batch.query_groups[start : start + queries], keys, batch.config, begin)
+        counts["candidate_tokens"][phase] += sum(range(begin + 1, batch.seq_lens[request] + 1))
+        counts["selected_tokens"][phase] += int(mask.sum())
+    return counts
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_lists_are_copied_into_pages_where_flash_attention_cannot_read_them(backend):
+    batch = batch_of(settings("1/2", dense_below=100), **LENGTHS)
+    out, _ = forward(backend, batch, vllm_flash_attn_version=2)
+    assert_matches_definition(batch, out, from_position=0)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_copying_can_be_forced(backend, monkeypatch):
+    batch = batch_of(settings("1/1", dense_below=0), seq_lens=[50], query_lens=[20])
+    impl = layer_of(backend, batch, new_slots(batch))
+    assert impl._prefill_scratch(batch.query, batch.query)[1] is None
+    monkeypatch.setenv("FOCUS_GATHER", "1")
+    impl.capacity = None
+    assert impl._prefill_scratch(batch.query, batch.query)[1] is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "expected"),
+    [
+        ({"key_k": 2, "top_k": 2}, 2, "key_k is 2"),
+        ({}, 4, "FlashAttention 4 and heads of 64"),
+        ({}, None, "FlashAttention None"),
+    ],
+)
+def test_what_flash_attention_cannot_do_is_refused(backend, monkeypatch, changes, version, expected):
+    monkeypatch.setattr(backend, "is_fa_version_supported", lambda number: number == 2 and version == 2)
+    batch = batch_of(FocusConfig(dense_below=0, **changes), seq_lens=[5], query_lens=[5])
+    impl = layer_of(backend, batch, new_slots(batch), vllm_flash_attn_version=version)
+    with pytest.raises(FocusUnsupportedError, match=expected):
+        impl._check_flash_attention()
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mqa"])
+@pytest.mark.usefixtures("stand_ins")
+def test_fp8_cache_with_descales_follows_the_definition(backend, shape):
+    lengths = {"seq_lens": [300, 190], "query_lens": [1, 150]}
+    batch = batch_of(settings("1/1", dense_below=100), shape, torch.float8_e4m3fn, **lengths)
+    scales = {"_q_scale": torch.tensor(0.5), "_k_scale": torch.tensor(1.5), "_v_scale": torch.tensor(0.25)}
+    out, _ = forward(backend, batch, SimpleNamespace(**scales), kv_cache_dtype="fp8")
+    scale = batch.query.shape[-1] ** -0.5 * 0.75
+    for request, start in enumerate(batch.query_start_loc[:-1]):
+        queries = batch.query_lens[request]
+        expected = batch.reference(request, slice(0, queries), scale) * 0.25
+        got = out[start : start + queries].float()
+        assert (got - expected).norm() < 0.05 * expected.norm()
 
 
 def test_batch_below_dense_below_is_left_to_vllm(backend):
     batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 100], query_lens=[1, 100])
-    assert split(backend, batch, batch.config) is None
+    metadata = metadata_of(backend, batch, batch.config, new_slots(batch))
+    assert metadata.focus is None
+    assert metadata.dense_pairs == (100 * 101 // 2, 30)
 
 
 def test_layers_without_focus_are_left_to_vllm(backend):
     batch = batch_of(settings("1/1", dense_below=0), seq_lens=[30, 100], query_lens=[1, 100])
-    assert split(backend, batch, None) is None
+    assert metadata_of(backend, batch, None, new_slots(batch)).focus is None
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("copied", [0, 4096])
+def test_scratch_buffers_are_as_large_as_documented(backend, groups, copied):
+    """docs/performance.md has the formulas, in the letters used here."""
+    num_groups, key_k, top_k = GROUPS[groups]
+    config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
+    length, tokens, requests, heads, kv_heads, size = 131072, 16384, 256, 32, 8, 128
+    engine = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens, max_num_seqs=requests),
+        model_config=SimpleNamespace(max_model_len=length),
+    )
+    capacity = backend.Capacity.of(config, engine, copied)
+    lists = {
+        "1/1": 8,
+        "1/2": 8,
+        "1/4": 16,
+        "1/3 of 5": 5,
+        "2/2": 28,
+        "2/1": 16,
+        "3/2 of 4": 6,
+        "2/2 of 16": 0,
+    }
+    copies = top_k if key_k == 1 else 1
+    near = -(-(config.sink + config.window + tokens) // 32) * 32 if lists[groups] else 0
+    index = 0
+    if lists[groups]:
+        segments, padded = near // 544, {5: 8, 6: 8, 28: 32}.get(lists[groups], lists[groups])
+        tiles = length // 1024 + tokens // 128 + 2 * segments
+        sequences = (tokens // 1024 + segments) * lists[groups]
+        parts = (tiles * padded, sequences + 1, sequences, tokens * copies)
+        index = sum(-(-part // 64) * 64 for part in parts)
+    prefill = 4 * lists[groups] * length + 4 * index + 2 * tokens * copies * heads * size * 2
+    prefill += 2 * near * kv_heads * size * 2 + near * 32 * 2
+    bf16 = torch.bfloat16
+    assert nbytes(capacity.prefill_buffers((heads, kv_heads, size), bf16, bf16)) == prefill
+    rows = min(requests, 2**28 // (4 * length), 2**29 // copied // length if copied else requests)
+    assert nbytes(capacity.decode_buffers()) == 4 * max(rows, 1) * (length + 1)
+
+
+def nbytes(buffers: list[tuple[tuple[int, ...], torch.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in buffers)

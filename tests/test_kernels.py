@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,60 +23,40 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
+from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
-from focus_vllm.kernels.plan import Chunk, Segment, dense_queries, list_capacity, near_keys, plan_waves
+from focus_vllm.kernels.plan import (
+    BLOCK_QUERIES,
+    Chunk,
+    Segment,
+    dense_queries,
+    index_capacity,
+    list_capacity,
+    lists_per_query,
+    near_keys,
+    plan_waves,
+    signatures,
+)
 from focus_vllm.kernels.routing import device_weight, route_into
 from focus_vllm.kernels.store import write_store
 from focus_vllm.kernels.warmup import compile_kernels
-from focus_vllm.reference import masked_attention
+from focus_vllm.reference import decode_mask, focus_mask
 from focus_vllm.routing import mask_dtype, route
-from loadtest.paged import PagedBatch, make_batch
+from loadtest.paged import PagedBatch, SlowFlashAttention, make_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class SlowFlashAttention:
-    """FlashAttention's meaning by loops over sequences: paged keys, log-sum-exp."""
-
-    def __init__(self, scores: Scores) -> None:
-        self.scores = scores
-
-    def __call__(
-        self, query, keys, values, *, out, block_table, table_rows, cu_seqlens_q, seqused_k,
-        max_seqlen_q, max_seqlen_k, causal,
-    ) -> torch.Tensor:  # fmt: skip
-        lse = torch.full((query.shape[1], len(query)), float("inf"), device=query.device)
-        starts = cu_seqlens_q.tolist()
-        assert starts[-1] == len(query) == len(out)
-        for sequence, used in enumerate(seqused_k.tolist()):
-            rows = slice(starts[sequence], starts[sequence + 1])
-            count = rows.stop - rows.start
-            assert count <= max_seqlen_q
-            assert used <= max_seqlen_k
-            if count == 0:
-                continue
-            row = sequence if table_rows is None else int(table_rows[sequence])
-            page_size = keys.shape[1]
-            position = torch.arange(used, device=query.device)
-            slots = block_table[row, position // page_size].long() * page_size + position % page_size
-            mask = torch.ones(count, used, dtype=torch.bool, device=query.device)
-            if causal:
-                mask = mask.tril(used - count)
-            part, part_lse = masked_attention(
-                query[rows],
-                keys.flatten(0, 1)[slots],
-                values.flatten(0, 1)[slots],
-                mask,
-                self.scores.scale,
-                self.scores.softcap,
-            )
-            out[rows] = part.to(out.dtype)
-            lse[:, rows] = part_lse.T.nan_to_num(neginf=float("inf"))
-        return lse
-
-
 def out_dtype_of(batch: PagedBatch) -> torch.dtype:
-    return torch.bfloat16 if batch.query.element_size() == 1 else batch.query.dtype
+    if batch.query.element_size() > 1:
+        return batch.query.dtype
+    return torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter has no bfloat16
+
+
+def slow_flash_attention_of_whole_pages(scores: Scores) -> GatheredAttention:
+    """One that refuses page size 1, with room for the tests' batches."""
+    return GatheredAttention(SlowFlashAttention(scores, PAGE), None)  # type: ignore[arg-type]
 
 
 def prefill_scratch(batch: PagedBatch, lists: int, rows: int, near: int) -> PrefillScratch:
@@ -82,13 +68,47 @@ def prefill_scratch(batch: PagedBatch, lists: int, rows: int, near: int) -> Pref
     out, *copies = (torch.full(size, float("nan"), dtype=out_dtype, device=DEVICE) for size in sizes)
     query = torch.full((rows, num_heads, head_size), float("nan"), dtype=batch.query.dtype, device=DEVICE)
     slots = torch.full((lists,), -(2**31), dtype=torch.int32, device=DEVICE)
-    return PrefillScratch(slots, query, out, NearKeys(*copies))
+    index = index_capacity(batch.config, max(batch.seq_lens), len(batch.query), rows, near)
+    indices = torch.full((index,), -(2**31), dtype=torch.int32, device=DEVICE)
+    return PrefillScratch(slots, indices, query, out, NearKeys(*copies))
 
 
 def decode_scratch(num_requests: int, longest: int, list_bytes: int) -> DecodeScratch:
     shapes = decode_scratch_shapes(num_requests, longest, list_bytes)
     buffers = [torch.full(shape, -(2**31), dtype=torch.int32, device=DEVICE) for shape in shapes]
-    return DecodeScratch(*buffers, torch.arange(len(buffers[2]) + 1, dtype=torch.int32, device=DEVICE))
+    starts = torch.arange(len(buffers[1]) + 1, dtype=torch.int32, device=DEVICE)
+    return DecodeScratch(*buffers, starts, Progress.zeros(num_requests, torch.device(DEVICE)))
+
+
+def with_pages(flash: FlashAttention, batch: PagedBatch) -> FlashAttention:
+    """Give one that gathers keys the scratch that the batch needs."""
+    if not isinstance(flash, GatheredAttention):
+        return flash
+    config, longest = batch.config, max(batch.seq_lens)
+    segments, blocks = len(batch.seq_lens), len(batch.query) // BLOCK_QUERIES + len(batch.seq_lens)
+    pages, table = gather_shapes(len(signatures(config)), segments, blocks, segments, longest)
+    pages = sum(-(-length // PAGE) + len(signatures(config)) for length in batch.seq_lens)
+    shape = (pages, PAGE, batch.cache.shape[2], batch.query.shape[-1])
+    copies = (torch.full(shape, float("nan"), dtype=batch.cache.dtype, device=DEVICE) for _ in range(2))
+    tables = torch.full((table,), -(2**31), dtype=torch.int32, device=DEVICE)
+    return GatheredAttention(flash.attention, GatherScratch(*copies, tables))
+
+
+def pairs_of(batch: PagedBatch) -> tuple[int, int]:
+    """(query, key) pairs of the batch's routed queries: candidates, and those the definition selects."""
+    candidates = selected = 0
+    for request, start in enumerate(batch.query_start_loc[:-1]):
+        queries, length = batch.query_lens[request], batch.seq_lens[request]
+        begin = length - queries
+        groups = batch.query_groups[start : start + queries]
+        skip = 0 if queries == 1 else min(queries, max(0, batch.config.dense_below - begin))
+        candidates += sum(range(begin + skip + 1, length + 1))
+        keys = batch.store[batch.slots(request)]
+        if queries == 1:
+            selected += int(decode_mask(groups, keys, batch.config).sum())
+        elif skip < queries:
+            selected += int(focus_mask(groups, keys, batch.config, begin)[skip:].sum())
+    return candidates, selected
 
 
 def prefill(
@@ -97,7 +117,6 @@ def prefill(
     softcap: float = 0.0,
     row_capacity: int = 8192,
     near_capacity: int | None = None,
-    lists: int = 0,
     flash: Callable[[Scores], FlashAttention] = SlowFlashAttention,
     scales: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
@@ -111,7 +130,7 @@ def prefill(
         if skip < queries:
             position = length - queries + skip
             segments.append(Segment(request, starts[request] + skip, position, queries - skip))
-    capacity = list_capacity(batch.config, max(batch.seq_lens), lists)
+    capacity = list_capacity(batch.config, max(batch.seq_lens))
     near_capacity = near_keys(batch.config, row_capacity) if near_capacity is None else near_capacity
     tile = near_tile(num_heads // num_kv_heads)
     waves = plan_waves(
@@ -119,10 +138,13 @@ def prefill(
     )
     scratch = prefill_scratch(batch, capacity, row_capacity, near_capacity)
     out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
+    totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     prefill_attention(
-        flash(scores), waves, batch.query, out, batch.query_groups, batch.store, batch.paged,
-        batch.config, scores, scratch,
+        with_pages(flash(scores), batch), waves, batch.query, out, batch.query_groups, batch.store,
+        batch.paged, batch.config, scores, scratch, totals,
     )  # fmt: skip
+    if batch.config.dense_below == 0:
+        assert totals.tolist() == [*pairs_of(batch), 0, 0]
     return out
 
 
@@ -131,7 +153,6 @@ def decode(
     *,
     softcap: float = 0.0,
     list_bytes: int = 2**20,
-    budget: int = 2**30,
     flash: Callable[[Scores], FlashAttention] = SlowFlashAttention,
     scales: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
@@ -142,11 +163,15 @@ def decode(
     slots = torch.stack([batch.slots(request)[-1] for request in range(len(batch.seq_lens))])
     groups = batch.store[slots]
     batch.store[slots] = 0
+    totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     decode_attention(
-        flash(scores), batch.query, out, slots, groups, batch.query_groups, batch.store, batch.paged,
-        seq_lens, batch.config, scratch, budget,
+        with_pages(flash(scores), batch), batch.query, out, slots, groups, batch.query_groups, batch.store,
+        batch.paged, seq_lens, batch.config, scratch, totals,
     )  # fmt: skip
     assert torch.equal(batch.store[slots], groups)
+    assert totals.tolist() == [0, 0, *pairs_of(batch)]
+    assert not scratch.progress.counts.any()
+    assert not scratch.progress.done.any()
     return out
 
 
@@ -181,7 +206,11 @@ SHAPES = {
     "mqa": {"num_heads": 3, "num_kv_heads": 1, "head_size": 96},
     "wide": {"num_heads": 2, "num_kv_heads": 1, "head_size": 256},
 }
-GROUPS = {"1/1": (8, 1, 1), "1/2": (8, 1, 2), "1/4": (16, 1, 4), "2/2": (8, 2, 2), "1/3 of 5": (5, 1, 3)}
+GROUPS = {
+    "1/1": (8, 1, 1), "1/2": (8, 1, 2), "1/4": (16, 1, 4), "1/3 of 5": (5, 1, 3),
+    "2/2": (8, 2, 2), "2/1": (16, 2, 1), "3/2 of 4": (4, 3, 2), "2/2 of 16": (16, 2, 2),
+}  # fmt: skip
+"""Groups, key_k and top_k. The last has more sets of groups than there may be lists."""
 RAGGED = {"seq_lens": [1, 15, 16, 17, 1000, 1300], "query_lens": [1, 15, 3, 17, 100, 1050]}
 SHORTER = {"seq_lens": [1, 15, 16, 17, 300], "query_lens": [1, 15, 3, 17, 150]}
 
@@ -233,7 +262,7 @@ def test_prefill_follows_the_definition_at_the_edges_of_the_settings(groups, cha
 def test_prefill_in_several_waves_gives_what_one_wave_gives(groups):
     config = settings(groups)
     batch = batch_of(config, seq_lens=[90, 1100, 300, 80], query_lens=[80, 1050, 20, 7])
-    split = prefill(batch, row_capacity=1024 * config.top_k)
+    split = prefill(batch, row_capacity=1024 * lists_per_query(config))
     assert_matches_definition(batch, split)
 
 
@@ -268,17 +297,35 @@ def test_decode_in_several_calls_gives_what_one_call_gives():
     assert torch.equal(decode(batch, list_bytes=1), decode(batch))
 
 
-def test_decode_budget_keeps_the_latest_far_tokens():
-    config = settings("1/1", window=10, sink=2)
-    batch = batch_of(config, seq_lens=[3000], query_lens=[1])
-    slots = batch.slots(0)
-    far = torch.arange(2, 2989, device=DEVICE)
-    shared = far[(batch.store[slots[far]] & batch.query_groups[0]) != 0]
-    batch.store[slots[shared[:-30]]] = 0
-    expected = decode(batch)
-    batch.store[slots[shared[:-30]]] = batch.query_groups[0]
-    assert torch.equal(decode(batch, budget=30), expected)
-    assert not torch.equal(decode(batch), expected)
+@pytest.mark.parametrize("budget", [0, 1, 30, 700])
+def test_decode_budget_keeps_the_latest_far_tokens(budget):
+    config = settings("1/2", window=10, sink=2, dense_below=40, decode_budget=budget)
+    batch = batch_of(config, seq_lens=[3000, 40, 41, 9], query_lens=[1] * 4)
+    assert_matches_definition(batch, decode(batch))
+
+
+def test_decode_mask_with_a_budget_is_the_definitions_mask_without_the_oldest_far_keys():
+    config = settings("1/1", window=3, sink=1, decode_budget=2)
+    shared = torch.tensor([1, 1, 1, 2, 1, 1, 2, 2, 1, 1])
+    mask = decode_mask(shared[-1:], shared, config)
+    assert mask.long().tolist() == [[1, 0, 0, 0, 1, 1, 1, 1, 1, 1]]
+    everything = dataclasses.replace(config, decode_budget=None)
+    assert torch.equal(
+        decode_mask(shared[-1:], shared, everything), focus_mask(shared, shared, everything)[-1:]
+    )
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mqa"])
+@pytest.mark.parametrize("groups", ["1/1", "1/2"])
+def test_prefill_with_copied_keys_follows_the_definition(groups, shape):
+    lengths = {"seq_lens": [700, 33], "query_lens": [150, 33]}
+    batch = batch_of(settings(groups), shape, **lengths)
+    assert_matches_definition(batch, prefill(batch, flash=slow_flash_attention_of_whole_pages))
+
+
+def test_decode_with_copied_keys_follows_the_definition():
+    batch = batch_of(settings("1/2"), seq_lens=[700, 33, 1], query_lens=[1, 1, 1])
+    assert_matches_definition(batch, decode(batch, flash=slow_flash_attention_of_whole_pages))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +366,10 @@ def test_store_is_written_at_the_slots_and_padding_is_skipped():
     store = torch.zeros(50, dtype=torch.uint8, device=DEVICE)
     slots = torch.tensor([7, -1, 49, 0, -1], device=DEVICE)
     groups = torch.tensor([1, 2, 4, 8, 16, 32], dtype=torch.uint8, device=DEVICE)
-    write_store(store, slots, groups)
+    totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    write_store(store, slots, groups, totals, (2**33, 5))
+    write_store(store, slots[1:2], groups, totals, (7, 7))
+    assert totals.tolist() == [2**33, 2**33, 5, 5]
     assert store.nonzero().flatten().tolist() == [0, 7, 49]
     assert store[[0, 7, 49]].tolist() == [8, 1, 4]
 
@@ -329,10 +379,25 @@ def test_kernels_are_compiled_without_a_request(groups):
     config = settings(groups, dense_below=2048)
     batch = batch_of(config, seq_lens=[64], query_lens=[64])
     out = torch.full_like(batch.query, float("nan"))
-    scratch = prefill_scratch(batch, list_capacity(config, 128, 0), 8192, near_keys(config, 8192))
+    scratch = prefill_scratch(batch, list_capacity(config, 128), 8192, near_keys(config, 8192))
     decode = decode_scratch(4, 128, 2**20)
     compile_kernels(config, batch.query, out, 2, batch.cache.dtype, Scores(0.1), scratch, decode)
     assert (out == 0).all()
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path):
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(root / "tests" / "compile_for_hopper.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = {line.split()[0] for line in done.stdout.splitlines() if "registers" in line}
+    folder = root / "focus_vllm" / "kernels"
+    defined = {
+        name for path in folder.glob("*.py") for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())
+    }
+    assert compiled == defined
 
 
 def test_chunk_is_cut_at_dense_below():

@@ -111,6 +111,8 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
         raise FocusUnsupportedError(reasons)
     counts = AttentionCounts()
     key_groups, query_groups = _group_buffers(model, vllm_config, config.num_groups)
+    if key_groups.is_cuda:
+        counts.totals = torch.zeros(4, dtype=torch.int64, device=key_groups.device)
     layers = {}
     for index in routed:
         weight, bias = (part.to(key_groups.device) for part in routers[index].fold(config.temperature))

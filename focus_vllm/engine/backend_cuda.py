@@ -9,8 +9,11 @@ whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
@@ -19,6 +22,7 @@ from vllm.v1.attention.backend import (
     AttentionCGSupport,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.fa_utils import is_fa_version_supported
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -30,15 +34,19 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.engine.flash import FlashAttention3
+from focus_vllm.engine.flash import FlashAttention2, FlashAttention3
+from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import LayerFocus
 from focus_vllm.kernels.attention import (
     DecodeScratch,
+    FlashAttention,
     PrefillScratch,
     decode_attention,
     decode_scratch_shapes,
     prefill_attention,
 )
+from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
 from focus_vllm.kernels.near import GROUP_BITS, Cache, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -46,16 +54,27 @@ from focus_vllm.kernels.plan import (
     DenseQueries,
     PrefillPlan,
     dense_queries,
+    index_capacity,
     list_capacity,
+    lists_per_query,
+    most_segments,
     near_keys,
     plan_waves,
+    signatures,
 )
 from focus_vllm.kernels.store import write_store
 from focus_vllm.kernels.warmup import compile_kernels
 
 LIST_BYTES = 256 * 2**20
 """What decode lists may take: 64 requests of 1M tokens or 512 of 128K in one FlashAttention call. Beyond that
-a step takes several. Prefill's group lists use the same memory."""
+a step takes several. Prefill's lists use the same memory."""
+GATHER_BYTES = 512 * 2**20
+"""What copied keys may take where lists cannot be read in place; at least one request always fits."""
+
+
+def gathers(flash_attn_version: int | None) -> bool:
+    """Return whether listed keys are copied into pages: without FlashAttention 3, or if FOCUS_GATHER=1."""
+    return flash_attn_version != 3 or os.environ.get("FOCUS_GATHER") == "1"
 
 
 class FocusFlashAttentionBackend(FlashAttentionBackend):
@@ -74,51 +93,76 @@ class FocusFlashAttentionBackend(FlashAttentionBackend):
         return FocusFlashAttentionMetadataBuilder
 
 
+Buffers = list[tuple[tuple[int, ...], torch.dtype]]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Capacity:
     """Sizes of the scratch buffers, which vLLM's workspace holds for all layers."""
 
     lists: int
+    index: int
     rows: int
     near: int
-    max_num_reqs: int
+    decode_rows: int
     max_model_len: int
+    gather: tuple[int, int]
+    """Pages and table entries; zeros where lists are read in place."""
 
     @classmethod
-    def of(cls, config: FocusConfig, vllm_config: VllmConfig) -> Capacity:
-        """Return what any step of this engine fits in."""
+    def of(cls, config: FocusConfig, vllm_config: VllmConfig, gather_token_bytes: int = 0) -> Capacity:
+        """Return what any step of this engine fits in.
+
+        Args:
+            config: The mask's settings.
+            vllm_config: The engine's.
+            gather_token_bytes: Bytes of a token's keys and values in one layer if they are copied, else 0.
+        """
         scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
         tokens = scheduler.max_num_batched_tokens
-        rows = max(tokens, BLOCK_QUERIES * config.top_k)
+        copies, num_lists = lists_per_query(config), len(signatures(config))
+        rows = max(tokens, BLOCK_QUERIES) * copies
+        near = near_keys(config, max(tokens, BLOCK_QUERIES))
+        (decode_rows, _), _ = decode_scratch_shapes(scheduler.max_num_seqs, max_model_len, LIST_BYTES)
+        gather = 0, 0
+        if gather_token_bytes:
+            fitting = GATHER_BYTES // (gather_token_bytes * PAGE) // math.ceil(max_model_len / PAGE)
+            decode_rows = max(1, min(decode_rows, fitting))
+            segments, blocks = most_segments(config, near), rows // copies // BLOCK_QUERIES + 1
+            gather = gather_shapes(num_lists, segments, blocks, decode_rows, max_model_len)
         return cls(
-            lists=list_capacity(config, max_model_len, 0),
+            lists=list_capacity(config, max_model_len),
+            index=index_capacity(config, max_model_len, tokens, rows, near),
             rows=rows,
-            near=near_keys(config, rows),
-            max_num_reqs=scheduler.max_num_seqs,
+            near=near,
+            decode_rows=decode_rows,
             max_model_len=max_model_len,
+            gather=gather,
         )
 
-    def prefill(self, query: torch.Tensor, out: torch.Tensor, num_kv_heads: int) -> PrefillScratch:
-        """Return the buffers of a prefill."""
-        shape = (self.rows, query.shape[1], query.shape[2])
-        near = (self.near, num_kv_heads, query.shape[2])
-        lists, sorted_query, sorted_out, *copies = current_workspace_manager().get_simultaneous(
+    def prefill_buffers(self, heads: tuple[int, int, int], query: torch.dtype, out: torch.dtype) -> Buffers:
+        """Return the buffers of `PrefillScratch`; `heads` is heads, key-value heads and head size."""
+        num_heads, num_kv_heads, head_size = heads
+        near = (self.near, num_kv_heads, head_size)
+        return [
             ((self.lists,), torch.int32),
-            (shape, query.dtype),
-            (shape, out.dtype),
-            (near, out.dtype),
-            (near, out.dtype),
-            ((self.near, GROUP_BITS), out.dtype),
-        )
-        return PrefillScratch(lists, sorted_query, sorted_out, NearKeys(*copies))
+            ((self.index,), torch.int32),
+            ((self.rows, num_heads, head_size), query),
+            ((self.rows, num_heads, head_size), out),
+            (near, out),
+            (near, out),
+            ((self.near, GROUP_BITS), out),
+        ]
 
-    def decode(self, first_decode: torch.Tensor) -> DecodeScratch:
-        """Return the buffers of a decode."""
-        shapes = decode_scratch_shapes(self.max_num_reqs, self.max_model_len, LIST_BYTES)
-        lists, counts, list_lens = current_workspace_manager().get_simultaneous(
-            *((shape, torch.int32) for shape in shapes)
-        )
-        return DecodeScratch(lists, counts, list_lens, first_decode)
+    def decode_buffers(self) -> Buffers:
+        """Return the buffers of `DecodeScratch`."""
+        return [((self.decode_rows, self.max_model_len), torch.int32), ((self.decode_rows,), torch.int32)]
+
+    def gather_buffers(self, num_kv_heads: int, head_size: int, cache: torch.dtype) -> Buffers:
+        """Return the buffers of `GatherScratch`; none where lists are read in place."""
+        pages, table = self.gather
+        shape = (pages, PAGE, num_kv_heads, head_size)
+        return [(shape, cache), (shape, cache), ((table,), torch.int32)] if pages else []
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,7 +174,7 @@ class FocusBatch:
     waves: list[PrefillPlan]
     first_decode: torch.Tensor
     """`[max_num_reqs + 1]`, int32: 0, 1, 2, ..."""
-    capacity: Capacity
+    progress: Progress
 
 
 @dataclasses.dataclass
@@ -138,6 +182,8 @@ class FocusFlashAttentionMetadata(FlashAttentionMetadata):
     """vLLM's metadata and, unless every query of the batch is dense, how routed layers split it."""
 
     focus: FocusBatch | None = None
+    dense_pairs: tuple[int, int] = (0, 0)
+    """(query, key) pairs of prefill and decode that routed layers leave to the stock call."""
 
 
 class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -162,6 +208,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
         most = max(scheduler.max_num_seqs, graphs.max_cudagraph_capture_size or 0)
         self.first_decode = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self.progress = Progress.zeros(most, device)
 
     def build(
         self,
@@ -171,7 +218,10 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     ) -> FocusFlashAttentionMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
-        return FocusFlashAttentionMetadata(**fields, focus=self._split(common_attn_metadata))
+        focus, dense_pairs = self._split(common_attn_metadata), (0, 0)
+        if self.focus_config is not None:
+            dense_pairs = _dense_pairs(common_attn_metadata, self.focus_config.dense_below, focus)
+        return FocusFlashAttentionMetadata(**fields, focus=focus, dense_pairs=dense_pairs)
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -181,10 +231,10 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         # At capture max_seq_len is max_model_len: a graph takes the routed path whatever its dummy lengths.
         if config is None or common.max_seq_len <= config.dense_below:
             return None
-        capacity = Capacity.of(config, self.vllm_config)
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(common, 1)
         if num_prefills == 0:
-            return FocusBatch(num_decodes, None, [], self.first_decode, capacity)
+            return FocusBatch(num_decodes, None, [], self.first_decode, self.progress)
+        capacity = Capacity.of(config, self.vllm_config)
         chunks = _prefill_chunks(common, num_decodes)
         waves = plan_waves(
             [routed for chunk in chunks if (routed := chunk.routed(config.dense_below))],
@@ -196,7 +246,22 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             self.device,
         )
         dense = dense_queries(chunks, config.dense_below, self.device)
-        return FocusBatch(num_decodes, dense, waves, self.first_decode, capacity)
+        return FocusBatch(num_decodes, dense, waves, self.first_decode, self.progress)
+
+
+def _dense_pairs(
+    common: CommonAttentionMetadata, dense_below: int, focus: FocusBatch | None
+) -> tuple[int, int]:
+    if common.seq_lens_cpu_upper_bound is None:
+        return 0, 0
+    starts = common.query_start_loc_cpu.numpy().astype(np.int64)
+    ends = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
+    queries = starts[1:] - starts[:-1]
+    begins, ends = ends - queries, np.minimum(ends, dense_below)
+    pairs = np.maximum(ends * (ends + 1) - begins * (begins + 1), 0) // 2
+    if focus is not None:  # decodes are counted with their lists
+        return int(pairs[focus.num_decodes :].sum()), 0
+    return int(pairs[queries > 1].sum()), int(pairs[queries == 1].sum())
 
 
 def _prefill_chunks(common: CommonAttentionMetadata, num_decodes: int) -> list[Chunk]:
@@ -220,6 +285,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         super().__init__(*args, **kwargs)
         self.focus: LayerFocus | None = None
         self.vllm_config = get_current_vllm_config_or_none()
+        self.capacity: Capacity | None = None
         self.reserved = False
 
     def do_kv_cache_update(
@@ -231,16 +297,16 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        focus = self.focus
-        if focus is None:
+        focus, num_slots = self.focus, kv_cache.shape[0] * kv_cache.shape[2]
+        if focus is None or (focus.store is not None and len(focus.store) == num_slots):
             return
-        num_slots = kv_cache.shape[0] * kv_cache.shape[2]
-        if focus.store is None or len(focus.store) != num_slots:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "the group store must exist before a CUDA graph is captured: run an eager step"
-                )
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the group store must exist before a CUDA graph is captured: run an eager step"
+            )
+        if focus.store is None or len(focus.store) < num_slots:
             focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype, device=kv_cache.device)
+        focus.store = focus.store[:num_slots]
 
     def forward(
         self,
@@ -283,31 +349,101 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         if self.focus is None or metadata is None or self.focus.store is None:
             return
         if metadata.focus is None or metadata.focus.waves or metadata.focus.dense is not None:
-            write_store(self.focus.store, metadata.slot_mapping, self.focus.key_groups)
+            # A graph that is replayed cannot count with this step's numbers.
+            pairs = (0, 0) if torch.cuda.is_current_stream_capturing() else metadata.dense_pairs
+            totals, key_groups = self._totals(self.focus), self.focus.key_groups
+            write_store(self.focus.store, metadata.slot_mapping, key_groups, totals, pairs)
+
+    def _totals(self, focus: LayerFocus) -> torch.Tensor:
+        assert focus.counts.totals is not None
+        return focus.counts.totals
 
     def _reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
         """While vLLM measures memory, take the scratch buffers, which are then counted, and compile."""
         assert self.focus is not None
         assert self.vllm_config is not None
-        if self.vllm_flash_attn_version != 3:
-            raise RuntimeError(
-                f"Focus needs FlashAttention 3, which runs on Hopper GPUs; this layer has version "
-                f"{self.vllm_flash_attn_version}"
-            )
-        capacity = Capacity.of(self.focus.config, self.vllm_config)
-        first_decode = torch.arange(2, dtype=torch.int32, device=query.device)
-        scratch = capacity.decode(first_decode), capacity.prefill(query, output, self.num_kv_heads)
-        quantized = is_quantized_kv_cache(self.kv_cache_dtype)
+        focus, device = self.focus, query.device
+        self._check_flash_attention()
+        context = self.vllm_config.compilation_config.static_forward_context
+        # As many slots as a KV cache could have that filled the GPU: a byte beside the kilobytes of each.
+        token_bytes = self._token_bytes() * sum(hasattr(module, "impl") for module in context.values())
+        most_slots = torch.cuda.get_device_properties(device).total_memory // token_bytes
+        focus.store = torch.zeros(most_slots, dtype=focus.key_groups.dtype, device=device)
         compile_kernels(
-            self.focus.config,
+            focus.config,
             query,
             output,
             self.num_kv_heads,
-            current_platform.fp8_dtype() if quantized else output.dtype,
+            self._cache_dtype(output.dtype),
             self._scores(layer),
-            prefill=scratch[1],
-            decode=scratch[0],
+            prefill=self._prefill_scratch(query, output)[0],
+            decode=self._decode_scratch(
+                torch.arange(2, dtype=torch.int32, device=device), Progress.zeros(1, device), output.dtype
+            )[0],
         )
+
+    def _check_flash_attention(self) -> None:
+        assert self.focus is not None
+        version, config = self.vllm_flash_attn_version, self.focus.config
+        reasons = []
+        if version != 3 and (self.head_size > 256 or not is_fa_version_supported(2)):
+            reasons.append(
+                "it needs FlashAttention 3 or 2 and heads of at most 256 channels; this layer has "
+                f"FlashAttention {version} and heads of {self.head_size}"
+            )
+        if gathers(version) and config.key_k > 1:
+            reasons.append(f"key_k is {config.key_k}: without FlashAttention 3 it must be 1")
+        if reasons:
+            raise FocusUnsupportedError(reasons)
+
+    def _cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return current_platform.fp8_dtype() if is_quantized_kv_cache(self.kv_cache_dtype) else dtype
+
+    def _token_bytes(self) -> int:
+        """Bytes of a token's keys and values in this layer."""
+        assert self.vllm_config is not None
+        dtype = self.vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        dtype = self._cache_dtype(dtype)
+        return 2 * self.num_kv_heads * self.head_size * dtype.itemsize
+
+    def _capacity(self) -> Capacity:
+        assert self.focus is not None
+        assert self.vllm_config is not None
+        if self.capacity is None:
+            copied = self._token_bytes() if gathers(self.vllm_flash_attn_version) else 0
+            self.capacity = Capacity.of(self.focus.config, self.vllm_config, copied)
+        return self.capacity
+
+    def _prefill_scratch(
+        self, query: torch.Tensor, out: torch.Tensor
+    ) -> tuple[PrefillScratch, GatherScratch | None]:
+        capacity, heads = self._capacity(), (query.shape[1], self.num_kv_heads, query.shape[2])
+        buffers = capacity.prefill_buffers(heads, query.dtype, out.dtype)
+        (lists, index, sorted_query, sorted_out, *near), gather = self._workspace(buffers, out.dtype)
+        return PrefillScratch(lists, index, sorted_query, sorted_out, NearKeys(*near)), gather
+
+    def _decode_scratch(
+        self, first_decode: torch.Tensor, progress: Progress, dtype: torch.dtype
+    ) -> tuple[DecodeScratch, GatherScratch | None]:
+        (lists, list_lens), gather = self._workspace(self._capacity().decode_buffers(), dtype)
+        return DecodeScratch(lists, list_lens, first_decode, progress), gather
+
+    def _workspace(
+        self, buffers: Buffers, dtype: torch.dtype
+    ) -> tuple[list[torch.Tensor], GatherScratch | None]:
+        gather = self._capacity().gather_buffers(self.num_kv_heads, self.head_size, self._cache_dtype(dtype))
+        tensors = current_workspace_manager().get_simultaneous(*buffers, *gather)
+        copies = tensors[len(buffers) :]
+        return tensors[: len(buffers)], GatherScratch(*copies) if copies else None
+
+    def _attention(self, scores: Scores, num_splits: int, gather: GatherScratch | None) -> FlashAttention:
+        in_pages: FlashAttention = (
+            FlashAttention3(scores, num_splits)
+            if self.vllm_flash_attn_version == 3
+            else FlashAttention2(scores)
+        )
+        return in_pages if gather is None else GatheredAttention(in_pages, gather)
 
     def _cache(self, kv_cache: torch.Tensor, block_table: torch.Tensor) -> Cache:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
@@ -340,13 +476,13 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         assert focus.store is not None
-        scores = self._scores(layer)
-        attention = FlashAttention3(scores, metadata.max_num_splits)
+        scores, totals = self._scores(layer), self._totals(focus)
         cache = self._cache(kv_cache, metadata.block_table)
         if batch.num_decodes:
             decodes = slice(0, batch.num_decodes)
+            scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, output.dtype)
             decode_attention(
-                attention,
+                self._attention(scores, metadata.max_num_splits, gather),
                 query[decodes],
                 output[decodes],
                 metadata.slot_mapping,
@@ -356,11 +492,12 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 cache,
                 metadata.seq_lens,
                 focus.config,
-                batch.capacity.decode(batch.first_decode),
+                scratch,
+                totals,
             )
         if batch.dense is not None:
             pages = kv_cache.transpose(1, 2)
-            attention(
+            self._attention(scores, metadata.max_num_splits, None)(
                 query[batch.num_decodes :],
                 *self._split_heads(pages),
                 out=output[batch.num_decodes :],
@@ -373,8 +510,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 causal=True,
             )
         if batch.waves:
+            prefill, gather = self._prefill_scratch(query, output)
             prefill_attention(
-                attention,
+                self._attention(scores, metadata.max_num_splits, gather),
                 batch.waves,
                 query,
                 output,
@@ -383,5 +521,6 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 cache,
                 focus.config,
                 scores,
-                batch.capacity.prefill(query, output, self.num_kv_heads),
+                prefill,
+                totals,
             )

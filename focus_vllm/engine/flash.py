@@ -1,11 +1,11 @@
-"""vLLM's own FlashAttention 3 as the path's `FlashAttention`."""
+"""vLLM's own FlashAttention as the path's `FlashAttention`."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
-from vllm import vllm_flash_attn  # noqa: F401 - loads the operator
+from vllm import vllm_flash_attn  # loads the operators
 
 from focus_vllm.kernels.near import Scores
 
@@ -78,3 +78,43 @@ class FlashAttention3:
         )
         lse: torch.Tensor = result[1]
         return lse
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FlashAttention2:
+    """For GPUs without FlashAttention 3. It reads whole pages of 16 slots only: `kernels.gather`."""
+
+    scores: Scores
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        out: torch.Tensor,
+        block_table: torch.Tensor,
+        table_rows: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        seqused_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+    ) -> torch.Tensor:
+        _, lse = vllm_flash_attn.flash_attn_varlen_func(
+            query,
+            keys,
+            values,
+            out=out,
+            max_seqlen_q=max_seqlen_q,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_k=max_seqlen_k,
+            seqused_k=seqused_k,
+            softmax_scale=self.scores.scale,
+            causal=causal,
+            softcap=self.scores.softcap,
+            block_table=block_table if table_rows is None else block_table[table_rows],
+            return_softmax_lse=True,
+            fa_version=2,
+        )
+        return lse  # type: ignore[no-any-return]

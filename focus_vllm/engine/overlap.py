@@ -22,7 +22,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 @contextlib.contextmanager
 def beside(device: torch.device) -> Iterator[None]:
     """Capture what is launched inside on the second stream; outside a capture, change nothing."""
-    if not torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         yield
         return
     second = _second_stream(device)
@@ -33,5 +33,5 @@ def beside(device: torch.device) -> Iterator[None]:
 
 def rejoin(device: torch.device) -> None:
     """Have the current stream wait for what `beside` captured."""
-    if torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).wait_stream(_second_stream(device))

@@ -21,11 +21,33 @@ class AttentionCounts:
     """Pairs that dense attention reads."""
     selected_tokens: dict[str, int] = dataclasses.field(default_factory=lambda: {"prefill": 0, "decode": 0})
     """Pairs that Focus read."""
+    totals: torch.Tensor | None = None
+    """`[4]`, int64, on a GPU: pairs that kernels counted, candidates and selected of prefill, of decode."""
 
     def add(self, phase: str, candidate: int, selected: int) -> None:
         """Count one layer's work on some queries; `phase` is "prefill" or "decode"."""
         self.candidate_tokens[phase] += candidate
         self.selected_tokens[phase] += selected
+
+    def read(self) -> dict[str, dict[str, int]]:
+        """Return both fields, with what the kernels have counted up to now; waits for no kernel."""
+        counts = [0] * 4 if self.totals is None else _peek(self.totals)
+        return {
+            name: {phase: pairs[phase] + counts[2 * number + offset] for number, phase in enumerate(pairs)}
+            for offset, (name, pairs) in enumerate(
+                (("candidate_tokens", self.candidate_tokens), ("selected_tokens", self.selected_tokens))
+            )
+        }
+
+
+def _peek(tensor: torch.Tensor) -> list[int]:
+    """Read a tensor beside the stream whose kernels write it."""
+    if not tensor.is_cuda:
+        return tensor.tolist()
+    stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        return tensor.tolist()
+
 
 
 @dataclasses.dataclass(slots=True)

@@ -32,8 +32,4 @@ class FocusWorkerExtension:
     def focus_stats(self) -> dict[str, dict[str, int]]:
         """Return the counts of `AttentionCounts` so far; zeros if Focus is off."""
         state = self._focus_state()
-        counts = AttentionCounts() if state is None else state.counts
-        return {
-            "candidate_tokens": dict(counts.candidate_tokens),
-            "selected_tokens": dict(counts.selected_tokens),
-        }
+        return (AttentionCounts() if state is None else state.counts).read()

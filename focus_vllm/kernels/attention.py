@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.kernels.decode_lists import NO_BUDGET, PROGRAMS, build_decode_lists
+from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.group_lists import build_group_lists, sort_queries
 from focus_vllm.kernels.near import Cache, NearKeys, Scores, near_and_merge
 from focus_vllm.kernels.plan import Far, PrefillPlan, far_mode
+from focus_vllm.kernels.tally import tally_prefill
 
 
 class FlashAttention(Protocol):
@@ -63,6 +64,8 @@ class PrefillScratch:
 
     lists: torch.Tensor
     """`[list_capacity]`, int32."""
+    index: torch.Tensor
+    """`[index_capacity]`, int32."""
     query: torch.Tensor
     """`[row_capacity, num_heads, head_size]`, the query's dtype."""
     out: torch.Tensor
@@ -76,12 +79,11 @@ class DecodeScratch:
 
     lists: torch.Tensor
     """`[num_rows, max_model_len]`, int32; more requests than rows take more than one FlashAttention call."""
-    counts: torch.Tensor
-    """int32: `decode_parts(count) * count` for the most requests at once."""
     list_lens: torch.Tensor
     """`[num_rows]`, int32."""
     cu_seqlens_q: torch.Tensor
-    """`[num_rows + 1]`, int32: 0, 1, 2, ..."""
+    """`[>= num_rows + 1]`, int32: 0, 1, 2, ..."""
+    progress: Progress
 
 
 def prefill_attention(
@@ -95,6 +97,7 @@ def prefill_attention(
     config: FocusConfig,
     scores: Scores,
     scratch: PrefillScratch,
+    totals: torch.Tensor,
 ) -> None:
     """Focus attention of prefill chunks whose queries are all at positions >= dense_below.
 
@@ -109,14 +112,16 @@ def prefill_attention(
         config: The mask's settings.
         scores: The layer's scale and softcap.
         scratch: Buffers with the capacities that `plan_waves` was given.
+        totals: `[4]`, int64: (query, key) pairs so far, candidates and selected, of prefill and of decode.
     """
     mode = far_mode(config)
     for plan in waves:
-        far = None
+        far = lists = None
         if mode is not Far.NOTHING:
             lists = build_group_lists(
-                plan, store, query_groups, cache.block_table, cache.block_size, config, scratch.lists
-            )
+                plan, store, query_groups, cache.block_table, cache.block_size, config,
+                scratch.lists, scratch.index,
+            )  # fmt: skip
             sorted_query = sort_queries(plan, query, lists, config, scratch.query)
             far_out = scratch.out[: len(sorted_query)]
             lse = attention(
@@ -133,6 +138,7 @@ def prefill_attention(
                 causal=mode is Far.GROUP,
             )
             far = (far_out, lse, lists.row_of)
+        tally_prefill(plan, query_groups, store, cache.block_table, cache.block_size, config, lists, totals)
         near_and_merge(plan, query, out, query_groups, store, cache, config, scores, far, scratch.near)
 
 
@@ -148,7 +154,7 @@ def decode_attention(
     seq_lens: torch.Tensor,
     config: FocusConfig,
     scratch: DecodeScratch,
-    budget: int = NO_BUDGET,
+    totals: torch.Tensor,
 ) -> None:
     """Focus attention of one query per request; also stores the groups of its token.
 
@@ -164,7 +170,7 @@ def decode_attention(
         seq_lens: `[num_requests]`, int32, each query's own token included; 0 marks padding.
         config: The mask's settings.
         scratch: Buffers.
-        budget: Most far tokens per query; the latest are kept.
+        totals: As `prefill_attention`'s.
     """
     rows, max_model_len = scratch.lists.shape
     for start in range(0, len(query), rows):
@@ -180,10 +186,10 @@ def decode_attention(
             cache.block_size,
             seq_lens[part],
             config,
-            scratch.counts,
+            scratch.progress,
             scratch.lists[:count],
             list_lens,
-            budget,
+            totals,
         )
         attention(
             query[part],
@@ -202,8 +208,8 @@ def decode_attention(
 
 def decode_scratch_shapes(
     max_num_reqs: int, max_model_len: int, list_bytes: int
-) -> tuple[tuple[int, int], tuple[int], tuple[int]]:
-    """Return the shapes of `DecodeScratch`'s lists, counts and list_lens; all int32.
+) -> tuple[tuple[int, int], tuple[int]]:
+    """Return the shapes of `DecodeScratch`'s lists and list_lens; both int32.
 
     Args:
         max_num_reqs: Most requests in a step.
@@ -211,4 +217,4 @@ def decode_scratch_shapes(
         list_bytes: What the lists may take; one row always fits.
     """
     rows = max(1, min(max_num_reqs, list_bytes // (4 * max_model_len)))
-    return (rows, max_model_len), (max(2 * PROGRAMS, 4 * rows),), (rows,)
+    return (rows, max_model_len), (rows,)

@@ -1,14 +1,18 @@
-"""Decode: the slots that each request's next token attends to, listed on the device.
+"""Decode: the slots that each request's next token attends to, listed on the device in one launch.
 
-A list is the sinks, then the far tokens that share a group, then the window, each in order of position.
-Only the far part has to be searched: every program counts its share of it, then writes it behind the
-counts of the programs before it. Grid and buffers depend on the batch size and the longest possible
-request alone, so both launches can be captured in a CUDA graph and replayed as requests grow.
+A list is the sinks and the window in order of position, then the far tokens that share a group, latest first.
+Only the far part has to be searched. Its programs each count a share of it, the latest tokens first, publish
+the count, wait for those of the programs before them, and write behind these. A program waits only for
+programs of lower number, which the hardware starts earlier, so the wait ends whatever the grid's size.
+Grid and buffers depend on the batch size and the longest possible request alone, so the launch can be
+captured in a CUDA graph and replayed as requests grow.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, misc"
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 import triton
@@ -16,28 +20,27 @@ import triton.language as tl
 
 from focus_vllm.config import FocusConfig
 
-# One H200, 2026-11-22, both launches, 1 x 8K / 1 x 128K / 8 x 128K / 32 x 8K: 5.3 / 6.9 / 10.2 / 5.9 us; with
-# 1024 and 512 6.3 / 6.4 / 10.8 / 6.9 us, with 2048 and 512 8.3 / 8.6 / 10.6 / 8.9 us.
 TILE = 512
 PROGRAMS = 1024
-"""Programs per launch to aim for."""
+"""Programs to aim for."""
 NO_BUDGET = 2**30
 
 
-@triton.jit
-def _far_range(seq_lens, row, dense_below, window):
-    num_keys = tl.load(seq_lens + row)
-    position = num_keys - 1
-    window_start = tl.where(position < dense_below, 0, tl.maximum(position - window, 0))
-    return num_keys, window_start
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the programs of a launch are; all zeros between launches."""
 
+    counts: torch.Tensor
+    """`[progress_size]`, int32: one more than each program's count, once it is known."""
+    done: torch.Tensor
+    """`[num_requests]`, int32: programs that need no more counts."""
 
-@triton.jit
-def _share(window_start, sink, part, parts: tl.constexpr, tile: tl.constexpr):
-    tiles = tl.cdiv(tl.maximum(window_start - sink, 0), tile)
-    each = tl.cdiv(tiles, parts) * tile
-    start = sink + part * each
-    return start, tl.minimum(start + each, window_start)
+    @classmethod
+    def zeros(cls, num_requests: int, device: torch.device) -> Progress:
+        """Return what launches of up to `num_requests` requests need."""
+        size = max(2 * PROGRAMS, 4 * num_requests)
+        buffer = torch.zeros(size + num_requests, dtype=torch.int32, device=device)
+        return cls(buffer[:size], buffer[size:])
 
 
 @triton.jit
@@ -46,97 +49,78 @@ def _slots(block_table, position, inside, block_size):
     return block * block_size + position % block_size
 
 
-@triton.jit(do_not_specialize=["block_table_stride"])
-def _count_kernel(
-    slot_mapping,
-    key_groups,
-    store,
-    query_groups,
-    block_table,
-    block_table_stride,
-    block_size,
-    seq_lens,
-    counts,
-    dense_below,
-    window,
-    sink,
-    parts: tl.constexpr,
-    tile: tl.constexpr,
-):
-    row = tl.program_id(0)
-    part = tl.program_id(1)
-    _, window_start = _far_range(seq_lens, row, dense_below, window)
-    start, stop = _share(window_start, sink, part, parts, tile)
-    wanted = tl.load(query_groups + row).to(tl.int32)
-    table = block_table + row.to(tl.int64) * block_table_stride
-    count = tl.zeros([tile], tl.int32)
-    for first in range(start, stop, tile):
-        position = first + tl.arange(0, tile)
-        slot = _slots(table, position, position < stop, block_size)
-        groups = tl.load(store + slot, mask=position < stop, other=0).to(tl.int32)
-        count += ((groups & wanted) != 0).to(tl.int32)
-    tl.store(counts + row * parts + part, tl.sum(count, axis=0))
-    if part == 0:
-        # The new token is in its own window, so this launch does not read what it stores.
-        slot = tl.load(slot_mapping + row)
-        tl.store(store + slot, tl.load(key_groups + row), mask=slot >= 0)
+@triton.jit
+def _members(store, table, position, stop, block_size, wanted):
+    inside = position < stop
+    slot = _slots(table, position, inside, block_size)
+    groups = tl.load(store + slot, mask=inside, other=0).to(tl.int32)
+    return slot, ((groups & wanted) != 0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "lists_stride", "budget"])
-def _write_kernel(
-    store,
-    query_groups,
-    block_table,
-    block_table_stride,
-    block_size,
-    seq_lens,
-    counts,
-    lists,
-    lists_stride,
-    list_lens,
-    dense_below,
-    window,
-    sink,
-    budget,
-    parts: tl.constexpr,
-    tile: tl.constexpr,
-):
+def _list_kernel(
+    slot_mapping, key_groups, store, query_groups, block_table, block_table_stride, block_size, seq_lens,
+    counts, done, lists, lists_stride, list_lens, totals, dense_below, window, sink, budget,
+    parts: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     part = tl.program_id(1)
-    num_keys, window_start = _far_range(seq_lens, row, dense_below, window)
-    start, stop = _share(window_start, sink, part, parts, tile)
-    wanted = tl.load(query_groups + row).to(tl.int32)
+    num_keys = tl.load(seq_lens + row)
+    position = num_keys - 1
+    window_start = tl.where(position < dense_below, 0, tl.maximum(position - window, 0))
+    num_sinks = tl.minimum(sink, window_start)
+    far_start = num_sinks + num_keys - window_start
     table = block_table + row.to(tl.int64) * block_table_stride
     out = lists + row.to(tl.int64) * lists_stride
-
-    each = tl.arange(0, parts)
-    count = tl.load(counts + row * parts + each)
-    rank = tl.sum(tl.where(each < part, count, 0), axis=0)
-    total = tl.sum(count, axis=0)
-    dropped = tl.maximum(total - budget, 0)
-    num_sinks = tl.minimum(sink, window_start)
-    far_start = num_sinks - dropped
-    window_out = num_sinks + total - dropped
-
     lane = tl.arange(0, tile)
-    for first in range(start, stop, tile):
-        position = first + lane
-        slot = _slots(table, position, position < stop, block_size)
-        groups = tl.load(store + slot, mask=position < stop, other=0).to(tl.int32)
-        member = ((groups & wanted) != 0).to(tl.int32)
-        index = rank + tl.cumsum(member, axis=0) - member
-        tl.store(out + far_start + index, slot, mask=(member != 0) & (index >= dropped))
-        rank += tl.sum(member, axis=0)
     for first in range(window_start + part * tile, num_keys, parts * tile):
-        position = first + lane
-        slot = _slots(table, position, position < num_keys, block_size)
-        tl.store(out + window_out + position - window_start, slot, mask=position < num_keys)
-    if part == 0:
-        for first in range(0, num_sinks, tile):
-            position = first + lane
-            slot = _slots(table, position, position < num_sinks, block_size)
-            tl.store(out + position, slot, mask=position < num_sinks)
-        tl.store(list_lens + row, window_out + num_keys - window_start)
+        at = first + lane
+        slots = _slots(table, at, at < num_keys, block_size)
+        tl.store(out + num_sinks + at - window_start, slots, mask=at < num_keys)
+
+    # The far tokens [sink, window_start) in equal shares; those that get none do nothing.
+    tiles = tl.cdiv(tl.maximum(window_start - sink, 0), tile)
+    each = tl.maximum(tl.cdiv(tiles, parts), 1)
+    active = tl.maximum(tl.cdiv(tiles, each), 1)
+    if part < active:
+        stop = window_start - part * each * tile
+        start = tl.maximum(stop - each * tile, sink)
+        wanted = tl.load(query_groups + row).to(tl.int32)
+        members = tl.zeros([tile], tl.int32)
+        for first in range(start, stop, tile):
+            _, member = _members(store, table, first + lane, stop, block_size, wanted)
+            members += member
+        mine = tl.sum(members, axis=0)
+        tl.atomic_xchg(counts + row * parts + part, mine + 1, sem="relaxed")
+        other = tl.arange(0, parts)
+        seen = tl.load(counts + row * parts + other, mask=other < part, other=1, volatile=True)
+        while tl.min(seen, axis=0) == 0:
+            seen = tl.load(counts + row * parts + other, mask=other < part, other=1, volatile=True)
+        before = tl.sum(seen - 1, axis=0)
+        if tl.atomic_add(done + row, 1, sem="acq_rel") == active - 1:
+            tl.store(counts + row * parts + other, 0, mask=other < active)
+            tl.store(done + row, 0)
+
+        earlier = 0
+        if before < budget:
+            for first in range(start, stop, tile):
+                slots, member = _members(store, table, first + lane, stop, block_size, wanted)
+                index = before + mine - 1 - earlier - (tl.cumsum(member, axis=0) - member)
+                tl.store(out + far_start + index, slots, mask=(member != 0) & (index < budget))
+                earlier += tl.sum(member, axis=0)
+        new_slot = tl.load(slot_mapping + row)
+        if part == 0:
+            for first in range(0, num_sinks, tile):
+                at = first + lane
+                slots = _slots(table, at, at < num_sinks, block_size)
+                tl.store(out + at, slots, mask=at < num_sinks)
+            # The new token is in its own window, so this launch does not read what it stores.
+            tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
+        if part == active - 1:
+            length = far_start + tl.minimum(before + mine, budget)
+            tl.store(list_lens + row, length)
+            tl.atomic_add(totals + 2, num_keys.to(tl.int64), mask=new_slot >= 0, sem="relaxed")
+            tl.atomic_add(totals + 3, length.to(tl.int64), mask=new_slot >= 0, sem="relaxed")
 
 
 def decode_parts(num_requests: int) -> int:
@@ -154,10 +138,10 @@ def build_decode_lists(
     block_size: int,
     seq_lens: torch.Tensor,
     config: FocusConfig,
-    counts: torch.Tensor,
+    progress: Progress,
     lists: torch.Tensor,
     list_lens: torch.Tensor,
-    budget: int = NO_BUDGET,
+    totals: torch.Tensor,
 ) -> None:
     """Store the groups of each request's last token and list the slots that it attends to.
 
@@ -170,17 +154,16 @@ def build_decode_lists(
         block_size: Slots per block.
         seq_lens: `[num_requests]`, int32, the last token included; 0 marks padding.
         config: The mask's settings.
-        counts: `[>= num_requests * decode_parts(num_requests)]`, int32 scratch.
+        progress: Zeros, which it leaves behind.
         lists: `[num_requests, max_model_len]`, int32; receives the slots.
         list_lens: `[num_requests]`, int32; receives how many.
-        budget: Most far tokens to keep; the latest are kept.
+        totals: `[4]`, int64; the last two count the keys there are and the keys listed.
     """
     num_requests = len(list_lens)
     parts = decode_parts(num_requests)
-    common = (store, query_groups, block_table, block_table.stride(0), block_size, seq_lens, counts)
-    mask = (config.dense_below, config.window, config.sink)
-    grid = (num_requests, parts)
-    _count_kernel[grid](slot_mapping, key_groups, *common, *mask, parts=parts, tile=TILE, num_warps=4)
-    _write_kernel[grid](
-        *common, lists, lists.stride(0), list_lens, *mask, budget, parts=parts, tile=TILE, num_warps=4
-    )
+    budget = NO_BUDGET if config.decode_budget is None else config.decode_budget
+    _list_kernel[(num_requests, parts)](
+        slot_mapping, key_groups, store, query_groups, block_table, block_table.stride(0), block_size,
+        seq_lens, progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
+        config.dense_below, config.window, config.sink, budget, parts=parts, tile=TILE, num_warps=4,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Prefill: each group's slots in order of position, and each chunk's queries sorted by group.
+"""Prefill: each list's slots in order of position, and each chunk's queries sorted by list.
 
-Two launches over tiles of keys and tiles of queries: one counts the members of every group in a tile, one
-places them behind the counts of the tiles before it.
+A list holds the keys of one group, or of any of several groups: `plan.signatures`. Two launches over tiles
+of keys and tiles of queries: one counts the members of every list in a tile, one places them behind the
+counts of the tiles before it.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, misc"
@@ -24,6 +25,10 @@ from focus_vllm.kernels.plan import (
     Far,
     PrefillPlan,
     far_mode,
+    index_sizes,
+    lists_per_query,
+    padded_lists,
+    signatures,
 )
 
 COUNT_ROWS = 64
@@ -34,25 +39,36 @@ class GroupLists:
     """What FlashAttention needs to read a wave's far keys."""
 
     slots: torch.Tensor
-    """`[num_segments * num_groups, max_keys]`, int32: each segment's slots by group."""
+    """`[num_segments * num_lists, max_keys]`, int32: each segment's slots by list."""
+    counts: torch.Tensor
+    """`[num_tiles, padded_lists]`, int32: members of each list in a tile of keys, then of queries."""
     cu_seqlens_q: torch.Tensor
-    """`[num_blocks * num_groups + 1]`, int32: where each (block, group) starts among the sorted queries."""
+    """`[num_blocks * num_lists + 1]`, int32: where each (block, list) starts among the sorted queries."""
     seqused_k: torch.Tensor
-    """`[num_blocks * num_groups]`, int32: how much of its list each (block, group) reads."""
+    """`[num_blocks * num_lists]`, int32: how much of its list each (block, list) reads."""
     row_of: torch.Tensor
-    """`[num_tokens * top_k]`, int32: the sorted rows of each of the batch's queries."""
+    """`[num_tokens * lists_per_query]`, int32: the sorted rows of each of the batch's queries."""
 
 
 @triton.jit
-def _members(groups, padded_groups: tl.constexpr):
-    group = tl.arange(0, padded_groups)
-    return (groups.to(tl.int32)[:, None] >> group[None, :]) & 1
+def _key_members(groups, signatures, padded_lists: tl.constexpr):
+    signature = tl.load(signatures + tl.arange(0, padded_lists))
+    return ((groups.to(tl.int32)[:, None] & signature[None, :]) != 0).to(tl.int32)
+
+
+@triton.jit
+def query_members(groups, signatures, padded_lists: tl.constexpr, one_list: tl.constexpr):
+    """Return `[num_queries, padded_lists]`: 1 where a query reads a list."""
+    signature = tl.load(signatures + tl.arange(0, padded_lists))
+    shared = groups.to(tl.int32)[:, None] & signature[None, :]
+    member = (shared == signature[None, :]) & (signature != 0)[None, :] if one_list else shared != 0
+    return member.to(tl.int32)
 
 
 @triton.jit
 def _key_tile(
-    pid, key_tiles, segments, store, block_table, block_table_stride, block_size,
-    fields: tl.constexpr, padded_groups: tl.constexpr, tile: tl.constexpr,
+    pid, key_tiles, segments, signatures, store, block_table, block_table_stride, block_size,
+    fields: tl.constexpr, padded_lists: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     segment = tl.load(key_tiles + pid)
     row = segments + segment * fields
@@ -64,14 +80,14 @@ def _key_tile(
     table = block_table + request * block_table_stride
     block = tl.load(table + position // block_size, mask=inside, other=0)
     slot = block * block_size + position % block_size
-    member = _members(tl.load(store + slot, mask=inside, other=0), padded_groups)
+    member = _key_members(tl.load(store + slot, mask=inside, other=0), signatures, padded_lists)
     return segment, first_tile, position, slot, tl.where(inside[:, None], member, 0)
 
 
 @triton.jit
 def _query_tile(
-    tile_index, query_tiles, segments, query_groups,
-    fields: tl.constexpr, padded_groups: tl.constexpr, tile: tl.constexpr,
+    tile_index, query_tiles, segments, signatures, query_groups,
+    fields: tl.constexpr, padded_lists: tl.constexpr, one_list: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     segment = tl.load(query_tiles + tile_index)
     row = segments + segment * fields
@@ -79,94 +95,60 @@ def _query_tile(
     index = offset + tl.arange(0, tile)
     token = tl.load(row + 1) + index
     inside = index < tl.load(row + 3)
-    member = _members(tl.load(query_groups + token, mask=inside, other=0), padded_groups)
+    groups = tl.load(query_groups + token, mask=inside, other=0)
+    member = query_members(groups, signatures, padded_lists, one_list)
     return segment, offset, token, tl.where(inside[:, None], member, 0)
 
 
 @triton.jit
-def _sum_counts(counts, first, last, padded_groups: tl.constexpr, rows: tl.constexpr):
-    group = tl.arange(0, padded_groups)
-    total = tl.zeros([padded_groups], tl.int32)
+def sum_counts(counts, first, last, padded_lists: tl.constexpr, rows: tl.constexpr):
+    group = tl.arange(0, padded_lists)
+    total = tl.zeros([padded_lists], tl.int32)
     for start in range(first, last, rows):
         row = start + tl.arange(0, rows)
-        at = counts + row[:, None] * padded_groups + group[None, :]
+        at = counts + row[:, None] * padded_lists + group[None, :]
         total += tl.sum(tl.load(at, mask=row[:, None] < last, other=0), axis=0)
     return total
 
 
-@triton.jit
-def _count_keys(
-    pid, key_tiles, segments, store, block_table, block_table_stride, block_size,
-    fields: tl.constexpr, padded_groups: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    _, _, _, _, member = _key_tile(
-        pid,
-        key_tiles,
-        segments,
-        store,
-        block_table,
-        block_table_stride,
-        block_size,
-        fields,
-        padded_groups,
-        tile,
-    )
-    return tl.sum(member, axis=0)
-
-
-@triton.jit
-def _count_queries(
-    tile_index, query_tiles, segments, query_groups,
-    fields: tl.constexpr, padded_groups: tl.constexpr, tile: tl.constexpr,
-):  # fmt: skip
-    _, _, _, member = _query_tile(
-        tile_index, query_tiles, segments, query_groups, fields, padded_groups, tile
-    )
-    return tl.sum(member, axis=0)
-
-
 @triton.jit(do_not_specialize=["num_key_tiles", "block_table_stride"])
 def _count_kernel(
-    segments, key_tiles, query_tiles, num_key_tiles, store, query_groups,
+    segments, key_tiles, query_tiles, num_key_tiles, signatures, store, query_groups,
     block_table, block_table_stride, block_size, counts,
-    fields: tl.constexpr, padded_groups: tl.constexpr, key_tile: tl.constexpr, query_tile: tl.constexpr,
+    fields: tl.constexpr, padded_lists: tl.constexpr, one_list: tl.constexpr, key_tile: tl.constexpr,
+    query_tile: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < num_key_tiles:
-        count = _count_keys(
-            pid, key_tiles, segments, store, block_table, block_table_stride, block_size,
-            fields, padded_groups, key_tile,
+        keys = _key_tile(
+            pid, key_tiles, segments, signatures, store, block_table, block_table_stride, block_size,
+            fields, padded_lists, key_tile,
         )  # fmt: skip
+        count = tl.sum(keys[4], axis=0)
     else:
-        count = _count_queries(
-            pid - num_key_tiles, query_tiles, segments, query_groups, fields, padded_groups, query_tile
-        )
-    tl.store(counts + pid * padded_groups + tl.arange(0, padded_groups), count)
+        queries = _query_tile(
+            pid - num_key_tiles, query_tiles, segments, signatures, query_groups,
+            fields, padded_lists, one_list, query_tile,
+        )  # fmt: skip
+        count = tl.sum(queries[3], axis=0)
+    tl.store(counts + pid * padded_lists + tl.arange(0, padded_lists), count)
 
 
 @triton.jit
 def _write_keys(
-    pid, key_tiles, segments, store, block_table, block_table_stride, block_size,
+    pid, key_tiles, segments, signatures, store, block_table, block_table_stride, block_size,
     counts, lists, lists_stride, seqused_k, window,
-    num_groups: tl.constexpr, whole_list: tl.constexpr, block_queries: tl.constexpr,
-    fields: tl.constexpr, padded_groups: tl.constexpr, tile: tl.constexpr, count_rows: tl.constexpr,
+    num_lists: tl.constexpr, whole_list: tl.constexpr, block_queries: tl.constexpr,
+    fields: tl.constexpr, padded_lists: tl.constexpr, tile: tl.constexpr, count_rows: tl.constexpr,
 ):  # fmt: skip
     segment, first_tile, position, slot, member = _key_tile(
-        pid,
-        key_tiles,
-        segments,
-        store,
-        block_table,
-        block_table_stride,
-        block_size,
-        fields,
-        padded_groups,
-        tile,
-    )
-    group = tl.arange(0, padded_groups)
-    before = _sum_counts(counts, first_tile, pid, padded_groups, count_rows)
+        pid, key_tiles, segments, signatures, store, block_table, block_table_stride, block_size,
+        fields, padded_lists, tile,
+    )  # fmt: skip
+    group = tl.arange(0, padded_lists)
+    before = sum_counts(counts, first_tile, pid, padded_lists, count_rows)
     rank = before[None, :] + tl.cumsum(member, axis=0) - member
-    list_row = (segment * num_groups + group).to(tl.int64)
+    list_row = (segment * num_lists + group).to(tl.int64)
     at = lists + list_row[None, :] * lists_stride + rank
     tl.store(at, tl.broadcast_to(slot[:, None], member.shape), mask=member != 0)
 
@@ -185,19 +167,21 @@ def _write_keys(
     for block in range(low, high):
         limit = first_limit + block * block_queries
         used = before + tl.sum(tl.where((position < limit)[:, None], member, 0), axis=0)
-        tl.store(seqused_k + (first_block + block) * num_groups + group, used, mask=group < num_groups)
+        tl.store(seqused_k + (first_block + block) * num_lists + group, used, mask=group < num_lists)
 
 
 @triton.jit
 def _write_queries(
-    pid, query_tiles, num_key_tiles, segments, query_groups, counts, cu_seqlens_q, row_of,
-    num_groups: tl.constexpr, top_k: tl.constexpr, block_queries: tl.constexpr,
-    fields: tl.constexpr, padded_groups: tl.constexpr, tile: tl.constexpr, count_rows: tl.constexpr,
+    pid, query_tiles, num_key_tiles, segments, signatures, query_groups, counts, cu_seqlens_q, row_of,
+    num_lists: tl.constexpr, copies: tl.constexpr, block_queries: tl.constexpr,
+    fields: tl.constexpr, padded_lists: tl.constexpr, one_list: tl.constexpr, tile: tl.constexpr,
+    count_rows: tl.constexpr,
 ):  # fmt: skip
-    segment, offset, token, member = _query_tile(
-        pid - num_key_tiles, query_tiles, segments, query_groups, fields, padded_groups, tile
-    )
-    row = segments + segment * fields
+    _, offset, token, member = _query_tile(
+        pid - num_key_tiles, query_tiles, segments, signatures, query_groups,
+        fields, padded_lists, one_list, tile,
+    )  # fmt: skip
+    row = segments + tl.load(query_tiles + pid - num_key_tiles) * fields
     num_queries = tl.load(row + 3)
     first_tile = num_key_tiles + tl.load(row + 5)
     block = offset // block_queries
@@ -205,49 +189,49 @@ def _write_queries(
     block_end = tl.minimum(block_start + block_queries, num_queries)
     low = first_tile + block_start // tile
     high = first_tile + tl.cdiv(block_end, tile)
-    earlier = _sum_counts(counts, low, pid, padded_groups, count_rows)
-    total = earlier + _sum_counts(counts, pid, high, padded_groups, count_rows)
-    first_row = tl.load(row + 7) + block_start * top_k
+    earlier = sum_counts(counts, low, pid, padded_lists, count_rows)
+    total = earlier + sum_counts(counts, pid, high, padded_lists, count_rows)
+    first_row = tl.load(row + 7) + block_start * copies
     start = first_row + tl.cumsum(total, axis=0) - total
     rank = (start + earlier)[None, :] + tl.cumsum(member, axis=0) - member
     nth = tl.cumsum(member, axis=1) - member
-    at = row_of + token[:, None] * top_k + nth
-    tl.store(at, rank, mask=(member != 0) & (nth < top_k))
+    at = row_of + token[:, None] * copies + nth
+    tl.store(at, rank, mask=(member != 0) & (nth < copies))
     if pid == low:
-        group = tl.arange(0, padded_groups)
-        sequence = (tl.load(row + 6) + block) * num_groups + group
+        group = tl.arange(0, padded_lists)
+        sequence = (tl.load(row + 6) + block) * num_lists + group
         # The next block writes the same number: its first sequence starts where this one's last ends.
-        tl.store(cu_seqlens_q + sequence, start, mask=group < num_groups)
-        tl.store(cu_seqlens_q + sequence + 1, start + total, mask=group == num_groups - 1)
+        tl.store(cu_seqlens_q + sequence, start, mask=group < num_lists)
+        tl.store(cu_seqlens_q + sequence + 1, start + total, mask=group == num_lists - 1)
 
 
 @triton.jit(do_not_specialize=["num_key_tiles", "block_table_stride", "lists_stride"])
 def _write_kernel(
-    segments, key_tiles, query_tiles, num_key_tiles, store, query_groups,
+    segments, key_tiles, query_tiles, num_key_tiles, signatures, store, query_groups,
     block_table, block_table_stride, block_size, counts,
     lists, lists_stride, cu_seqlens_q, seqused_k, row_of, window,
-    num_groups: tl.constexpr, top_k: tl.constexpr, whole_list: tl.constexpr, block_queries: tl.constexpr,
-    fields: tl.constexpr, padded_groups: tl.constexpr, key_tile: tl.constexpr, query_tile: tl.constexpr,
-    count_rows: tl.constexpr,
+    num_lists: tl.constexpr, copies: tl.constexpr, whole_list: tl.constexpr, block_queries: tl.constexpr,
+    fields: tl.constexpr, padded_lists: tl.constexpr, one_list: tl.constexpr, key_tile: tl.constexpr,
+    query_tile: tl.constexpr, count_rows: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < num_key_tiles:
         _write_keys(
-            pid, key_tiles, segments, store, block_table, block_table_stride, block_size,
+            pid, key_tiles, segments, signatures, store, block_table, block_table_stride, block_size,
             counts, lists, lists_stride, seqused_k, window,
-            num_groups, whole_list, block_queries, fields, padded_groups, key_tile, count_rows,
+            num_lists, whole_list, block_queries, fields, padded_lists, key_tile, count_rows,
         )  # fmt: skip
     else:
         _write_queries(
-            pid, query_tiles, num_key_tiles, segments, query_groups, counts, cu_seqlens_q, row_of,
-            num_groups, top_k, block_queries, fields, padded_groups, query_tile, count_rows,
+            pid, query_tiles, num_key_tiles, segments, signatures, query_groups, counts, cu_seqlens_q, row_of,
+            num_lists, copies, block_queries, fields, padded_lists, one_list, query_tile, count_rows,
         )  # fmt: skip
 
 
 @triton.jit
 def _sort_kernel(
     query, query_stride, sorted_query, sorted_stride, row_of, segments, query_tiles, width,
-    top_k: tl.constexpr, fields: tl.constexpr, query_tile: tl.constexpr, tokens: tl.constexpr,
+    copies: tl.constexpr, fields: tl.constexpr, query_tile: tl.constexpr, tokens: tl.constexpr,
     columns: tl.constexpr,
 ):  # fmt: skip
     per_tile: tl.constexpr = query_tile // tokens
@@ -260,8 +244,8 @@ def _sort_kernel(
     column = tl.program_id(1) * columns + tl.arange(0, columns)
     mask = inside[:, None] & (column < width)[None, :]
     q = tl.load(query + token[:, None] * query_stride + column[None, :], mask=mask)
-    for nth in tl.static_range(top_k):
-        to = tl.load(row_of + token * top_k + nth, mask=inside, other=0).to(tl.int64)
+    for nth in tl.static_range(copies):
+        to = tl.load(row_of + token * copies + nth, mask=inside, other=0).to(tl.int64)
         tl.store(sorted_query + to[:, None] * sorted_stride + column[None, :], q, mask=mask)
 
 
@@ -273,8 +257,9 @@ def build_group_lists(
     block_size: int,
     config: FocusConfig,
     lists: torch.Tensor,
+    index: torch.Tensor,
 ) -> GroupLists:
-    """List every group's slots for each of the wave's segments, and rank its queries by group.
+    """List every signature's slots for each of the wave's segments, and rank its queries by list.
 
     Args:
         plan: The wave.
@@ -282,35 +267,38 @@ def build_group_lists(
         query_groups: `[>= num_tokens]`, Q of this step's tokens.
         block_table: `[num_requests, max_num_blocks]`, int32.
         block_size: Slots per block.
-        config: The mask's settings; key_k = 1.
-        lists: Scratch, int32, of at least num_segments * num_groups * plan.max_keys entries.
+        config: The mask's settings; its `far_mode` is not NOTHING.
+        lists: Scratch, int32, of at least num_segments * num_lists * plan.max_keys entries.
+        index: Scratch, int32, of `index_capacity`.
 
     Returns:
-        The lists; `slots` lies in `lists`.
+        The lists, all in the scratch buffers.
     """
-    groups = config.num_groups
-    padded = max(2, triton.next_power_of_2(groups))
-    rows = plan.num_segments * groups
-    slots = lists.flatten()[: rows * plan.max_keys].view(rows, plan.max_keys)
-    empty = slots.new_empty
-    tiles = plan.num_key_tiles + plan.num_query_tiles
-    counts = empty(tiles * padded)
+    num_lists, copies = len(signatures(config)), lists_per_query(config)
+    padded = padded_lists(num_lists)
+    rows, tiles = plan.num_segments * num_lists, plan.num_key_tiles + plan.num_query_tiles
+    sequences = plan.num_blocks * num_lists
+    sizes = index_sizes(tiles, num_lists, sequences, plan.num_tokens * copies)
+    counts, cu_seqlens_q, seqused_k, row_of = torch.split(index[: sum(sizes)], sizes)
     result = GroupLists(
-        slots=slots,
-        cu_seqlens_q=empty(plan.num_blocks * groups + 1),
-        seqused_k=empty(plan.num_blocks * groups),
-        row_of=empty(len(query_groups) * config.top_k),
+        slots=lists[: rows * plan.max_keys].view(rows, plan.max_keys),
+        counts=counts,
+        cu_seqlens_q=cu_seqlens_q[: sequences + 1],
+        seqused_k=seqused_k[:sequences],
+        row_of=row_of,
     )
-    work = (plan.segments, plan.key_tiles, plan.query_tiles, plan.num_key_tiles)
+    work = (plan.segments, plan.key_tiles, plan.query_tiles, plan.num_key_tiles, plan.signatures)
     common = (*work, store, query_groups, block_table, block_table.stride(0), block_size, counts)
-    sizes = {"fields": FIELDS, "padded_groups": padded, "key_tile": KEY_TILE, "query_tile": QUERY_TILE}
-    _count_kernel[(tiles,)](*common, **sizes, num_warps=4)
+    one_list = config.key_k > 1
+    tiling = {"fields": FIELDS, "padded_lists": padded, "one_list": one_list}
+    tiling |= {"key_tile": KEY_TILE, "query_tile": QUERY_TILE}
+    _count_kernel[(tiles,)](*common, **tiling, num_warps=4)
     whole_list = far_mode(config) is Far.GROUP
     _write_kernel[(tiles,)](
-        *common, slots, plan.max_keys, result.cu_seqlens_q, result.seqused_k, result.row_of, config.window,
-        num_groups=groups, top_k=config.top_k, whole_list=whole_list,
+        *common, result.slots, plan.max_keys, cu_seqlens_q, seqused_k, row_of, config.window,
+        num_lists=num_lists, copies=copies, whole_list=whole_list,
         block_queries=EVERYTHING if whole_list else BLOCK_QUERIES,
-        **sizes, count_rows=COUNT_ROWS, num_warps=4 if padded <= 8 else 8,
+        **tiling, count_rows=COUNT_ROWS, num_warps=4 if padded <= 8 else 8,
     )  # fmt: skip
     return result
 
@@ -318,24 +306,25 @@ def build_group_lists(
 def sort_queries(
     plan: PrefillPlan, query: torch.Tensor, lists: GroupLists, config: FocusConfig, scratch: torch.Tensor
 ) -> torch.Tensor:
-    """Copy each query to its row of every group it attends to.
+    """Copy each query to its row of every list it reads.
 
     Args:
         plan: The wave.
         query: `[num_tokens, num_heads, head_size]`; heads contiguous.
         lists: From `build_group_lists`.
         config: The mask's settings.
-        scratch: `[>= num_queries * top_k, num_heads, head_size]`, the dtype of `query`.
+        scratch: `[>= num_queries * lists_per_query, num_heads, head_size]`, the dtype of `query`.
 
     Returns:
-        `[num_queries * top_k, num_heads, head_size]`, in `scratch`.
+        `[num_queries * lists_per_query, num_heads, head_size]`, in `scratch`.
     """
-    result = scratch[: plan.num_queries * config.top_k]
+    copies = lists_per_query(config)
+    result = scratch[: plan.num_queries * copies]
     width = query.shape[1] * query.shape[2]
     tokens, columns = 8, 1024
     _sort_kernel[(plan.num_query_tiles * (QUERY_TILE // tokens), triton.cdiv(width, columns))](
         query, query.stride(0), result, result.stride(0), lists.row_of, plan.segments, plan.query_tiles,
-        width, top_k=config.top_k, fields=FIELDS, query_tile=QUERY_TILE, tokens=tokens, columns=columns,
+        width, copies=copies, fields=FIELDS, query_tile=QUERY_TILE, tokens=tokens, columns=columns,
         num_warps=4,
     )  # fmt: skip
     return result

@@ -25,6 +25,7 @@ from focus_vllm.kernels.plan import (
     Far,
     PrefillPlan,
     far_mode,
+    lists_per_query,
 )
 
 # One H200, 2026-11-22, 8192 queries, 32/8 heads of 128, window 512, copy included: 313 us; 128 x 64 on 8
@@ -340,8 +341,8 @@ def near_and_merge(
         config: The mask's settings.
         scores: The layer's scale and softcap.
         far: What FlashAttention returned for the sorted queries: out `[num_rows, num_heads, head_size]`,
-            LSE `[num_heads, num_rows]` and `GroupLists.row_of`. None if key_k > 1.
-        near: Scratch; unused if key_k > 1.
+            LSE `[num_heads, num_rows]` and `GroupLists.row_of`. None if `far_mode` is NOTHING.
+        near: Scratch; unused without `far`.
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads = cache.keys.shape[2]
@@ -365,7 +366,7 @@ def near_and_merge(
         0 if scores.q_scale is None or scores.q_scale.numel() == 1 else 1,
         config.window, config.sink, scores.scale, scores.softcap,
         num_queries_per_kv=num_heads // num_kv_heads, num_kv_heads=num_kv_heads, head_size=head_size,
-        padded_size=padded_size, merged=0 if far is None else config.top_k,
+        padded_size=padded_size, merged=0 if far is None else lists_per_query(config),
         whole_list=far_mode(config) is Far.GROUP, block_queries=BLOCK_QUERIES,
         sink_block=0 if config.sink == 0 else max(16, triton.next_power_of_2(config.sink)),
         penalty=-60000.0 if out.dtype == torch.float16 else -1e30,

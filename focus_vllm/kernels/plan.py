@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,6 +19,8 @@ COPY_TILE = 32
 BLOCK_QUERIES = 1024
 """Queries per block where a query attends to several groups; a multiple of QUERY_TILE."""
 EVERYTHING = 2**30
+MAX_LISTS = 32
+"""Lists that one tile of keys is sorted into at once."""
 
 
 class Far(enum.Enum):
@@ -26,16 +30,38 @@ class Far(enum.Enum):
     """key_k = top_k = 1. A chunk's queries of a group are the tail of their group's list, so one causal
     call covers every same-group pair, near ones too."""
     BLOCK = "block"
-    """key_k = 1. Queries in blocks; of every list they need a block reads what lies before its window."""
+    """Queries in blocks; of every list they need a block reads what lies before its window."""
     NOTHING = "nothing"
-    """key_k > 1: lists of different groups overlap, so the near kernel evaluates the mask on every key."""
+    """Too many different lists: the near kernel evaluates the mask on every key."""
 
 
 def far_mode(config: FocusConfig) -> Far:
     """Return how prefill is divided for these settings."""
-    if config.key_k > 1:
-        return Far.NOTHING
-    return Far.GROUP if config.top_k == 1 else Far.BLOCK
+    if config.key_k == config.top_k == 1:
+        return Far.GROUP
+    if config.key_k == 1 or math.comb(config.num_groups, config.top_k) <= MAX_LISTS:
+        return Far.BLOCK
+    return Far.NOTHING
+
+
+def signatures(config: FocusConfig) -> list[int]:
+    """Return, for each list of far keys, the bitmask of groups whose keys it holds.
+
+    With key_k = 1 the groups' lists are disjoint, and a query reads those of its top_k groups. Otherwise
+    a key would come twice, so there is a list for every set of top_k groups, and a query reads one.
+    """
+    if far_mode(config) is Far.NOTHING:
+        return []
+    size = 1 if config.key_k == 1 else config.top_k
+    return [
+        sum(1 << group for group in groups)
+        for groups in itertools.combinations(range(config.num_groups), size)
+    ]
+
+
+def lists_per_query(config: FocusConfig) -> int:
+    """Return how many lists a query reads, and so how many rows it has among the sorted queries."""
+    return config.top_k if config.key_k == 1 else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,6 +144,8 @@ class PrefillPlan:
     num_segments: int
     num_blocks: int
     num_queries: int
+    num_tokens: int
+    """Tokens in the batch up to the wave's last: what is indexed by token."""
     num_key_tiles: int
     num_query_tiles: int
     num_near_tiles: int
@@ -137,7 +165,9 @@ class PrefillPlan:
     copy_tiles: torch.Tensor
     """`[num_copy_tiles]`, int32: the segment of each tile of COPY_TILE keys copied for the near kernel."""
     table_rows: torch.Tensor
-    """`[num_blocks * num_groups]`, int32: the list that each FlashAttention sequence reads."""
+    """`[num_blocks * num_lists]`, int32: the list that each FlashAttention sequence reads."""
+    signatures: torch.Tensor
+    """`[padded_lists]`, int32: `signatures`, then zeros."""
 
 
 def plan_waves(
@@ -155,9 +185,9 @@ def plan_waves(
         segments: In any order.
         config: The mask's settings.
         near_tile: Queries per tile of the near kernel; divides BLOCK_QUERIES.
-        list_capacity: Entries that the group lists may take; at least num_groups times the longest context.
+        list_capacity: Entries that the group lists may take; at least `list_capacity` of the longest context.
         row_capacity: Queries, counted once for each of their groups, that the sorted buffer holds; at least
-            BLOCK_QUERIES * top_k.
+            BLOCK_QUERIES * lists_per_query.
         near_capacity: Keys that the near kernel's copy holds; at least `near_keys` of BLOCK_QUERIES.
         device: Where the plans go; one copy from pinned memory each.
 
@@ -190,7 +220,8 @@ def _waves(
     row_capacity: int,
     near_capacity: int,
 ) -> Iterator[list[Segment]]:
-    most = row_capacity // config.top_k // BLOCK_QUERIES * BLOCK_QUERIES
+    num_lists, copies = len(signatures(config)), lists_per_query(config)
+    most = row_capacity // copies // BLOCK_QUERIES * BLOCK_QUERIES
     while near_keys(config, most) > near_capacity:
         most -= BLOCK_QUERIES
     wave: list[Segment] = []
@@ -198,8 +229,8 @@ def _waves(
     for piece in (piece for segment in segments for piece in _split(segment, most)):
         end, copied = piece.position + piece.num_queries, near_keys(config, piece.num_queries)
         keys, queries, near = max(keys, end), queries + piece.num_queries, near + copied
-        lists = (len(wave) + 1) * config.num_groups * _row_length(keys)
-        full = lists > list_capacity or queries * config.top_k > row_capacity or near > near_capacity
+        lists = (len(wave) + 1) * num_lists * _row_length(keys)
+        full = lists > list_capacity or queries * copies > row_capacity or near > near_capacity
         if wave and full:
             yield wave
             wave, keys, queries, near = [], end, piece.num_queries, copied
@@ -212,9 +243,50 @@ def _row_length(keys: int) -> int:
     return -(-keys // 4) * 4
 
 
-def list_capacity(config: FocusConfig, max_model_len: int, at_least: int) -> int:
-    """Return how many list entries serve any single request, and `at_least`."""
-    return max(config.num_groups * _row_length(max_model_len), at_least)
+def list_capacity(config: FocusConfig, max_model_len: int) -> int:
+    """Return how many list entries serve any single request."""
+    return len(signatures(config)) * _row_length(max_model_len)
+
+
+def index_capacity(
+    config: FocusConfig, max_model_len: int, max_tokens: int, row_capacity: int, near_capacity: int
+) -> int:
+    """Return how many int32 of `PrefillScratch.index` serve any wave of any step.
+
+    Args:
+        config: The mask's settings.
+        max_model_len: Longest request.
+        max_tokens: Most tokens in a step.
+        row_capacity: As `plan_waves`'s.
+        near_capacity: As `plan_waves`'s.
+    """
+    num_lists, copies = len(signatures(config)), lists_per_query(config)
+    if not num_lists:
+        return 0
+    segments = most_segments(config, near_capacity)
+    key_tiles = _row_length(max_model_len) // KEY_TILE + segments
+    query_tiles = row_capacity // copies // QUERY_TILE + segments
+    sequences = (row_capacity // copies // BLOCK_QUERIES + segments) * num_lists
+    return sum(index_sizes(key_tiles + query_tiles, num_lists, sequences, max_tokens * copies))
+
+
+def most_segments(config: FocusConfig, near_capacity: int) -> int:
+    """Return how many segments a wave can have: each takes its part of the near kernel's copy."""
+    return max(1, near_capacity // max(1, near_keys(config, 1)))
+
+
+def index_sizes(tiles: int, num_lists: int, sequences: int, rows: int) -> list[int]:
+    """Return the int32 that counts, cu_seqlens_q, seqused_k and row_of take, rounded to whole cache lines.
+
+    Triton compiles a kernel anew for a pointer of another alignment.
+    """
+    sizes = (tiles * padded_lists(num_lists), sequences + 1, sequences, rows)
+    return [-(-size // 64) * 64 for size in sizes]
+
+
+def padded_lists(num_lists: int) -> int:
+    """Return the power of two that holds `num_lists`, at least 2."""
+    return max(2, 1 << (num_lists - 1).bit_length()) if num_lists else 2
 
 
 def _cumulative(counts: np.ndarray) -> np.ndarray:
@@ -230,16 +302,18 @@ def _plan(wave: list[Segment], config: FocusConfig, near_tile: int, device: torc
     blocks = -(-queries // BLOCK_QUERIES) if far_mode(config) is Far.BLOCK else np.ones_like(queries)
     near_tiles = -(-queries // near_tile)
     copied = np.array([near_keys(config, segment.num_queries) for segment in wave])
-    parts = (key_tiles, query_tiles, blocks, queries * config.top_k, near_tiles, copied)
+    lists = np.array(signatures(config), dtype=np.int64)
+    parts = (key_tiles, query_tiles, blocks, queries * lists_per_query(config), near_tiles, copied)
     fields = np.concatenate([table, np.stack([_cumulative(part) for part in parts], axis=1)], axis=1)
     copy_tiles = copied // COPY_TILE
     index = np.arange(len(wave))
     block_segment = np.repeat(index, blocks)
-    rows = block_segment[:, None] * config.num_groups + np.arange(config.num_groups)
+    rows = block_segment[:, None] * len(lists) + np.arange(len(lists))
     arrays = [
         fields,
         *(np.repeat(index, part) for part in (key_tiles, query_tiles, near_tiles, copy_tiles)),
         rows,
+        np.pad(lists, (0, padded_lists(len(lists)) - len(lists))),
     ]
     on_device = to_device(arrays, device)
     longest = int(queries.max())
@@ -247,6 +321,7 @@ def _plan(wave: list[Segment], config: FocusConfig, near_tile: int, device: torc
         num_segments=len(wave),
         num_blocks=int(blocks.sum()),
         num_queries=int(queries.sum()),
+        num_tokens=int((table[:, 1] + queries).max()),
         num_key_tiles=int(key_tiles.sum()),
         num_query_tiles=int(query_tiles.sum()),
         num_near_tiles=int(near_tiles.sum()),
@@ -259,6 +334,7 @@ def _plan(wave: list[Segment], config: FocusConfig, near_tile: int, device: torc
         near_tiles=on_device[3],
         copy_tiles=on_device[4],
         table_rows=on_device[5],
+        signatures=on_device[6],
     )
 
 

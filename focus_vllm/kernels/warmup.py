@@ -68,7 +68,10 @@ def compile_kernels(
         *capacities,
         query.device,
     )
-    prefill_attention(_no_attention, waves, query, out, query_groups, store, cache, config, scores, prefill)
+    totals = torch.zeros(4, dtype=torch.int64, device=query.device)
+    prefill_attention(
+        _no_attention, waves, query, out, query_groups, store, cache, config, scores, prefill, totals
+    )
     slots = torch.zeros(1, dtype=torch.int64, device=query.device)
     decode_attention(
         _no_attention,
@@ -82,5 +85,6 @@ def compile_kernels(
         slots.int(),
         config,
         decode,
+        totals,
     )
-    write_store(store, slots, query_groups)
+    write_store(store, slots, query_groups, totals)

@@ -1,0 +1,142 @@
+"""FlashAttention over lists where it cannot read pages of one slot: copy the listed keys into pages first."""
+
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, misc"
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from focus_vllm.kernels.attention import FlashAttention
+
+PAGE = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatherScratch:
+    """Buffers that every layer uses in turn."""
+
+    keys: torch.Tensor
+    """`[num_pages, PAGE, num_kv_heads, head_size]`, the cache's dtype."""
+    values: torch.Tensor
+    table: torch.Tensor
+    """int32: a row of pages for each FlashAttention sequence."""
+
+
+@triton.jit(do_not_specialize=["lists_stride", "num_rows"])
+def _gather_kernel(
+    paged_keys, paged_values, keys, values, slot_stride, head_stride, lists, lists_stride, used, first_page,
+    num_rows, num_kv_heads: tl.constexpr, head_size: tl.constexpr, padded_size: tl.constexpr,
+    page: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.full([], 0, tl.int32)
+    # Lists lie one behind the other: this page belongs to the last that starts at it or before it.
+    for start in range(0, num_rows, rows):
+        at = start + tl.arange(0, rows)
+        row += tl.sum(
+            (tl.load(first_page + at, mask=at < num_rows, other=2**30) <= index).to(tl.int32), axis=0
+        )
+    row -= 1
+    entry = (index - tl.load(first_page + row)) * page + tl.arange(0, page)
+    inside = entry < tl.load(used + row)
+    slot = tl.load(lists + row.to(tl.int64) * lists_stride + entry, mask=inside, other=0).to(tl.int64)
+    channel = tl.arange(0, padded_size)
+    mask = inside[:, None] & (channel < head_size)[None, :]
+    source = slot[:, None] * slot_stride + head * head_stride + channel[None, :]
+    target = (index.to(tl.int64) * page + tl.arange(0, page))[:, None] * num_kv_heads + head
+    target = target * head_size + channel[None, :]
+    tl.store(paged_keys + target, tl.load(keys + source, mask=mask, other=0), mask=mask)
+    tl.store(paged_values + target, tl.load(values + source, mask=mask, other=0), mask=mask)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GatheredAttention:
+    """The path's `FlashAttention` by way of one that reads pages of PAGE slots."""
+
+    attention: FlashAttention
+    scratch: GatherScratch
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        out: torch.Tensor,
+        block_table: torch.Tensor,
+        table_rows: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        seqused_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+    ) -> torch.Tensor:
+        if keys.shape[1] == 1:  # else already in pages
+            lists, num_rows = block_table, len(block_table)
+            if table_rows is None:
+                used = seqused_k
+            else:  # sequences that share a list read its first keys
+                used = seqused_k.new_zeros(num_rows).scatter_reduce_(0, table_rows.long(), seqused_k, "amax")
+            num_pages = (used + (PAGE - 1)) // PAGE
+            first_page = (num_pages.cumsum(0) - num_pages).int()
+            self._gather(keys, values, lists, used, first_page, max_seqlen_k)
+            pages = torch.arange(triton.cdiv(max_seqlen_k, PAGE), dtype=torch.int32, device=query.device)
+            shape = (len(seqused_k), len(pages))
+            block_table = self.scratch.table[: shape[0] * shape[1]].view(shape)
+            first_page = first_page if table_rows is None else first_page[table_rows]
+            torch.add(first_page[:, None], pages[None, :], out=block_table)
+            keys, values, table_rows = self.scratch.keys, self.scratch.values, None
+        return self.attention(
+            query, keys, values, out=out, block_table=block_table, table_rows=table_rows,
+            cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k, causal=causal,
+        )  # fmt: skip
+
+    def _gather(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lists: torch.Tensor,
+        used: torch.Tensor,
+        first_page: torch.Tensor,
+        max_keys: int,
+    ) -> None:
+        pages, page, num_kv_heads, head_size = self.scratch.keys.shape
+        grid = (min(pages, len(lists) * triton.cdiv(max_keys, page)), num_kv_heads)
+        # As bytes: a copy needs no arithmetic, which not every GPU has for FP8.
+        pairs = (self.scratch.keys, self.scratch.values, keys, values)
+        paged_keys, paged_values, keys, values = (part.view(_bits(part)) for part in pairs)
+        _gather_kernel[grid](
+            paged_keys, paged_values, keys, values, keys.stride(0), keys.stride(2), lists, lists.stride(0),
+            used, first_page, len(lists), num_kv_heads=num_kv_heads, head_size=head_size,
+            padded_size=triton.next_power_of_2(head_size), page=page, rows=32, num_warps=4,
+        )  # fmt: skip
+
+
+def _bits(tensor: torch.Tensor) -> torch.dtype:
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+
+
+def gather_shapes(
+    num_lists: int, segments: int, blocks: int, decode_rows: int, max_model_len: int
+) -> tuple[int, int]:
+    """Return how many pages and table entries serve any call.
+
+    Args:
+        num_lists: Lists of disjoint keys for each prefill segment.
+        segments: Most segments in a wave, whose keys together are at most `max_model_len`.
+        blocks: Most query blocks in a wave, one more for each segment included.
+        decode_rows: Requests in one decode call.
+        max_model_len: Longest request.
+    """
+    longest = triton.cdiv(max_model_len, PAGE)
+    return max(longest + num_lists * segments, decode_rows * longest), max(
+        num_lists * (blocks * longest + segments), decode_rows * longest
+    )
