@@ -23,7 +23,7 @@ serve: setup
 	$(BIN)/focus-serve --port 8000
 
 test: setup
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu and not two_gpus"
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu

@@ -1,23 +1,31 @@
-"""vLLM offline on a GPU, stock against Focus: time to first token and time per output token.
+"""vLLM offline, stock against Focus: time to first token, time per output token, throughput, memory, profile.
 
-    python -m loadtest.engine --shape 8b --output engine.json --cases 1x4096 1x131072 4x131072
+    python -m loadtest.engine --shape 8b --output engine.json --cases 1x4096 1x131072 4x131072 32x32768+256
+    python -m loadtest.engine --shape 8b --output engine.json --cases 1x524288 --limit 550   # goes on
+    python -m loadtest.engine --smoke                                                        # without a GPU
 
-A case is BATCHxPROMPT. The model has random weights of the shape named, and routers whose folded rows are
-orthogonal and of one length, so that groups are balanced by symmetry; the output says how well. Speed is what
-a trained model would have; the text is noise. Each side runs in its own process with vLLM's defaults.
+A case is BATCHxPROMPT: the time to first token is that of a request for one token (of a batch, until the
+last has its first); then the same prompts, by now in the prefix cache, are continued, and the time per output
+token is that of all tokens but the first. BATCHxPROMPT+TOKENS is one run of the whole batch, prefill and
+decode: its time, and the tokens per second of both. BATCHxPROMPT@prefill and @decode are profiles: the
+kernels of the prompt's last chunk, or of one decode step.
 
-The time to first token is that of a request for one token; of a batch, until the last has its first. Then
-the same prompts, by now in the prefix cache, are continued, and the time per output token is that of all
-tokens but the first. Nothing is reported if Focus does not continue a prompt below `dense_below` with stock
-vLLM's tokens.
+The model has random weights of the shape named, and routers whose folded rows are orthogonal and of one
+length, so that groups are balanced by symmetry; the output says how well. Speed is what a trained model would
+have; the text is noise. Each side runs in its own process, with vLLM's defaults unless `--vllm` says
+otherwise, and loads the model once. The file is written after every case, and cases that it has are not run
+again. No ratio is reported if Focus does not continue a prompt below `dense_below` with stock vLLM's tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +33,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from focus_vllm.engine.worker import FocusWorkerExtension
+
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1000,
+    },
     "1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
@@ -34,22 +48,82 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
     },
+    "70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    },
 }  # fmt: skip
-"""Llama-3.2-1B and Llama-3.1-8B."""
+"""Llama-3.2-1B, Llama-3.1-8B and -70B; "tiny" is for --smoke."""
 CHECKED_PROMPT = 1500
 CHECKED_TOKENS = 16
+PROFILED_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Run:
-    """One side's work."""
+class Case:
+    """One line: see the module's text."""
 
-    model: str
-    adapter: str | None
-    cases: list[tuple[int, int]]
-    output_tokens: int
-    max_model_len: int
-    vllm: dict[str, Any]
+    batch: int
+    prompt: int
+    tokens: int = 0
+    profile: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """Read BATCHxPROMPT, BATCHxPROMPT+TOKENS or BATCHxPROMPT@PHASE.
+
+        Raises:
+            ValueError: It is none of them.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|@(prefill|decode))?", text)
+        if match is None:
+            raise ValueError(f"a case is {text!r}, expected 1x4096, 32x32768+256 or 8x131072@decode")
+        batch, prompt, tokens, profile = match.groups()
+        return cls(int(batch), int(prompt), int(tokens or 0), profile or "")
+
+    def __str__(self) -> str:
+        tokens = f"+{self.tokens}" if self.tokens else ""
+        return f"{self.batch}x{self.prompt}{tokens}" + (f"@{self.profile}" if self.profile else "")
+
+
+class MeasuredWorker(FocusWorkerExtension):
+    """What the load test asks a worker."""
+
+    def group_shares(self) -> list[float] | None:
+        """Return the smallest and largest share of cached tokens in a group of any layer."""
+        state = self._focus_state()
+        if state is None:
+            return None
+        shares = []
+        for layer in state.layers.values():
+            assert layer.store is not None
+            used = layer.store[layer.store != 0].int()
+            shares += [(used >> group & 1).float().mean().item() for group in range(layer.config.num_groups)]
+        return [min(shares), max(shares)]
+
+    def groups_of(self, slots: int) -> dict[int, list[int]]:
+        """Return the first slots of every layer's group store."""
+        state = self._focus_state()
+        assert state is not None
+        stores = {index: layer.store for index, layer in state.layers.items()}
+        return {index: store[:slots].tolist() for index, store in stores.items() if store is not None}
+
+    def focus_memory(self) -> dict[str, int]:
+        """Return bytes: in use on the GPU by anyone, by tensors, by scratch buffers and by group stores."""
+        import torch
+        from vllm.v1.worker import workspace
+
+        used = {"used": 0, "tensors": 0, "scratch": 0}
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            used |= {"used": total - free, "tensors": torch.cuda.memory_allocated()}
+        if workspace.is_workspace_manager_initialized():
+            buffers = workspace.current_workspace_manager()._current_workspaces
+            used["scratch"] = sum(buffer.numel() for buffer in buffers if buffer is not None)
+        state = self._focus_state()
+        stores = [] if state is None else [layer.store for layer in state.layers.values()]
+        used["stores"] = sum(store.untyped_storage().nbytes() for store in stores if store is not None)
+        return used
 
 
 def write_model(directory: Path, shape: dict[str, Any], max_position: int) -> None:
@@ -85,151 +159,269 @@ def write_balanced_adapter(path: Path, model: Path, config: dict[str, Any]) -> N
     save_adapter(Adapter(config=settings, base_model=base, layers=layers, training={"random": 0}), path)
 
 
-def group_shares(model: Any) -> list[float] | None:
-    """Return the smallest and largest share of cached tokens in a group, over layers; None without Focus."""
-    state = getattr(model, "focus", None)
-    if state is None:
-        return None
-    shares = []
-    for layer in state.layers.values():
-        used = layer.store[layer.store != 0].int()
-        shares += [(used >> group & 1).float().mean().item() for group in range(layer.config.num_groups)]
-    return [min(shares), max(shares)]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Side:
+    """One side's work, as its process gets it."""
+
+    model: str
+    vocab: int
+    adapter: str | None
+    cases: list[str]
+    output_tokens: int
+    max_model_len: int
+    deadline: float
+    """`time.time()` after which no case is started."""
+    vllm: dict[str, Any]
+    result: str
+    """JSON file to write and go on from."""
 
 
-def serve(run: Run) -> dict[str, Any]:
-    """Run one side in this process."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import torch
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
+class Measured:
+    """One side's engine."""
 
-    from focus_vllm.engine.plugin import register
+    def __init__(self, side: Side) -> None:
+        from vllm import LLM
 
-    register()
-    extra = {} if run.adapter is None else {"focus": {"adapter": run.adapter}}
-    llm = LLM(
-        model=run.model, load_format="dummy", skip_tokenizer_init=True, max_model_len=run.max_model_len,
-        additional_config=extra, seed=0, disable_log_stats=True, **run.vllm,
-    )  # fmt: skip
-    free, total = torch.cuda.mem_get_info()
+        from focus_vllm.engine.plugin import register
 
-    def generate(prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
+        register()
+        self.side = side
+        extra = {} if side.adapter is None else {"focus": {"adapter": side.adapter}}
+        self.llm = LLM(
+            model=side.model, load_format="dummy", skip_tokenizer_init=True, max_model_len=side.max_model_len,
+            additional_config=extra, seed=0, disable_log_stats=True,
+            worker_extension_cls="loadtest.engine.MeasuredWorker", **side.vllm,
+        )  # fmt: skip
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
+        """Return the seconds that `tokens` tokens of every prompt took, and the tokens."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        outputs = llm.generate(inputs, params, use_tqdm=False)
+        start = time.perf_counter()
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
         return time.perf_counter() - start, [list(output.outputs[0].token_ids) for output in outputs]
 
-    def prompts_of(batch: int, length: int, seed: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(10, 120000, (batch, length), generator=generator).tolist()
+    def prompts_of(self, batch: int, length: int, seed: int) -> list[list[int]]:
+        """Return random prompts."""
+        import torch
 
-    _, checked = generate(prompts_of(1, CHECKED_PROMPT, 0), CHECKED_TOKENS)
-    generate(prompts_of(1, 20000, 1), 8)
-    rows = []
-    for batch, length in run.cases:
-        llm.reset_prefix_cache()
-        prompts = prompts_of(batch, length, 1000 * batch + length)
-        first, _ = generate(prompts, 1)
-        again, _ = generate(prompts, 1)
-        whole, _ = generate(prompts, 1 + run.output_tokens)
-        row = {"batch": batch, "prompt": length, "ttft": first, "tpot": (whole - again) / run.output_tokens}
-        rows.append(row)
-        print(row, file=sys.stderr, flush=True)  # noqa: T201
-    cache = llm.llm_engine.vllm_config.cache_config
-    return {
-        "rows": rows,
-        "checked": checked,
-        "used_gib": (total - free) / 2**30,
+        generator = torch.Generator().manual_seed(seed)
+        most = min(120000, self.side.vocab)
+        return torch.randint(10, most, (batch, length), generator=generator).tolist()
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Measure one case."""
+        self.llm.reset_prefix_cache()
+        prompts = self.prompts_of(case.batch, case.prompt, 1000 * case.batch + case.prompt)
+        if case.profile:
+            return {"kernels": self.profile(case, prompts)}
+        if case.tokens:
+            took, _ = self.generate(prompts, case.tokens)
+            return {"seconds": took, "tokens_per_second": case.batch * (case.prompt + case.tokens) / took}
+        first, _ = self.generate(prompts, 1)
+        again, _ = self.generate(prompts, 1)
+        whole, _ = self.generate(prompts, 1 + self.side.output_tokens)
+        return {"ttft": first, "tpot": (whole - again) / self.side.output_tokens}
+
+    def profile(self, case: Case, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        """Return the kernels of the prompts' last chunk, or of one decode step, with microseconds."""
+        import torch
+
+        from loadtest.kernels import kernel_table
+
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        if case.profile == "prefill":
+            chunk = self.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+            whole = (case.prompt - chunk) // 128 * 128  # blocks that the prefix cache can give back
+            self.generate([prompt[: max(whole, 1)] for prompt in prompts], 1)
+            with torch.profiler.profile(activities=activities) as recording:
+                self.generate([prompt[: whole + chunk] for prompt in prompts], 1)
+            return kernel_table(recording, 1)
+        # Twice, of different lengths: the difference is decode steps alone.
+        self.generate(prompts, 1)
+        recordings = []
+        for tokens in (2, 2 + PROFILED_STEPS):
+            with torch.profiler.profile(activities=activities) as recording:
+                self.generate(prompts, tokens)
+            recordings.append({kernel["kernel"]: kernel for kernel in kernel_table(recording, 1)})
+        short, long = recordings
+        nothing = {"launches": 0.0, "us": 0.0}
+        rows = [
+            {
+                "kernel": name,
+                **{key: (row[key] - short.get(name, nothing)[key]) / PROFILED_STEPS for key in nothing},
+            }
+            for name, row in long.items()
+        ]
+        return sorted((row for row in rows if row["launches"] > 0), key=lambda row: -row["us"])
+
+
+def serve(side: Side) -> None:
+    """Run one side in this process; what it has measured is in the file after every case."""
+    from loadtest.kernels import read_json, write_json
+
+    path = Path(side.result)
+    result = read_json(path) | {"complete": False}
+    rows = result.setdefault("rows", {})
+    start = time.time()
+    engine = Measured(side)
+    result["start_seconds"] = time.time() - start
+    result["memory_at_start"] = engine.llm.collective_rpc("focus_memory")
+    if "checked" not in result:
+        length = min(CHECKED_PROMPT, side.max_model_len // 2)
+        _, result["checked"] = engine.generate(engine.prompts_of(1, length, 0), CHECKED_TOKENS)
+    engine.generate(engine.prompts_of(1, min(20000, side.max_model_len - 16), 1), 8)
+    for text in side.cases:
+        if text in rows or time.time() > side.deadline:
+            continue
+        rows[text] = engine.run(Case.parse(text))
+        print(text, {key: value for key, value in rows[text].items() if key != "kernels"}, file=sys.stderr)  # noqa: T201
+        write_json(path, result)
+    cache = engine.llm.llm_engine.vllm_config.cache_config
+    result |= {
+        "complete": True,
+        "memory_at_end": engine.llm.collective_rpc("focus_memory"),
         "kv_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
-        "group_shares": llm.apply_model(group_shares)[0],
+        "group_shares": engine.llm.collective_rpc("group_shares"),
+        "keys": engine.llm.collective_rpc("focus_stats"),
     }
+    write_json(path, result)
 
 
 def compare(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the table's rows.
+    """Return a row for each measured case, with ratios where both sides have it; profiles are left out.
 
     Raises:
         RuntimeError: The sides disagree where they must not.
     """
-    stock, focus = sides["stock"], sides["focus"]
-    if stock["checked"] != focus["checked"]:
+    checked = [side["checked"] for side in sides.values() if "checked" in side]
+    if checked[1:] and checked[0] != checked[1]:
         raise RuntimeError(
-            f"a prompt of {CHECKED_PROMPT} tokens goes on with {stock['checked']} in stock vLLM and with "
-            f"{focus['checked']} with Focus; nothing is reported"
+            f"a prompt of {CHECKED_PROMPT} tokens goes on with {checked[0]} in stock vLLM and with "
+            f"{checked[1]} with Focus; nothing is reported"
         )
+    stock, focus = (sides.get(name, {}).get("rows", {}) for name in ("stock", "focus"))
     rows = []
-    for dense, ours in zip(stock["rows"], focus["rows"], strict=True):
-        row = {"batch": dense["batch"], "prompt": dense["prompt"]}
-        for name in ("ttft", "tpot"):
+    for text in [*stock, *(text for text in focus if text not in stock)]:
+        if Case.parse(text).profile:
+            continue
+        dense, ours = stock.get(text, {}), focus.get(text, {})
+        row: dict[str, Any] = {"case": text}
+        for name in ("ttft", "tpot", "seconds"):
             row |= {
-                f"stock_{name}": dense[name],
-                f"focus_{name}": ours[name],
-                f"{name}_ratio": dense[name] / ours[name],
+                f"{side}_{name}": values[name]
+                for side, values in (("stock", dense), ("focus", ours))
+                if name in values
             }
+            if name in dense and name in ours:
+                row[f"{name}_ratio"] = dense[name] / ours[name]
         rows.append(row)
     return rows
 
 
-def _in_its_own_process(run: Run, directory: Path) -> dict[str, Any]:
-    request, response = directory / "request.json", directory / "response.json"
-    request.write_text(json.dumps(dataclasses.asdict(run)))
-    command = [sys.executable, "-m", "loadtest.engine", "--serve", str(request), str(response)]
-    subprocess.run(command, check=True)
-    result: dict[str, Any] = json.loads(response.read_text())
-    return result
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as text: what is missing was not measured."""
+
+    def cell(row: dict[str, Any], key: str, scale: float, width: int, form: str) -> str:
+        return format(row[key] * scale, f">{width}{form}") if key in row else " " * width
+
+    lines = [
+        f"{'case':>16}"
+        + "".join(f"{name:>12}{'Focus':>11}{'':>8}" for name in ("TTFT s", "TPOT ms", "whole s"))
+    ]
+    for row in rows:
+        line = f"{row['case']:>16}"
+        for name, scale in (("ttft", 1), ("tpot", 1e3), ("seconds", 1)):
+            line += cell(row, f"stock_{name}", scale, 12, ".3f") + cell(
+                row, f"focus_{name}", scale, 11, ".3f"
+            )
+            line += cell(row, f"{name}_ratio", 1, 7, ".2f") + ("x" if f"{name}_ratio" in row else " ")
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
-def _case(text: str) -> tuple[int, int]:
-    batch, _, prompt = text.partition("x")
-    return int(batch), int(prompt)
+def _in_its_own_process(side: Side, directory: Path) -> None:
+    request = directory / "request.json"
+    request.write_text(json.dumps(dataclasses.asdict(side)))
+    command = [sys.executable, "-m", "loadtest.engine", "--serve", str(request)]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        process.wait(max(1.0, side.deadline - time.time()) + 30)
+    except subprocess.TimeoutExpired:
+        print("stopped: out of time", file=sys.stderr)  # noqa: T201
+    else:
+        if process.returncode:
+            print(f"this side ended with status {process.returncode}", file=sys.stderr)  # noqa: T201
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its workers too
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> None:
-    """Measure both sides, print and write the table."""
+    """Measure the sides, print and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
-    parser.add_argument("--cases", nargs="+", type=_case, default=[(1, 4096), (1, 32768), (1, 131072)])
+    parser.add_argument("--cases", nargs="+", type=Case.parse, default=[Case(1, 4096), Case(1, 131072)])
+    parser.add_argument("--side", choices=["stock", "focus"], help="run one side only")
     parser.add_argument("--output-tokens", type=int, default=64, help="tokens after the first")
+    parser.add_argument("--max-model-len", type=int, help="default: what the cases need")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--focus", type=json.loads, default={}, help="FocusConfig fields as JSON")
     parser.add_argument("--vllm", type=json.loads, default={}, help="vLLM engine arguments as JSON")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--serve", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="JSON file to write, and to go on from")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and short prompts")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        request = json.loads(args.serve[0].read_text())
-        args.serve[1].write_text(json.dumps(serve(Run(**request))))
+        serve(Side(**json.loads(args.serve.read_text())))
         return
-    from loadtest.kernels import environment, write_json
+    deadline = time.time() + args.limit - 40
+    if args.smoke:
+        args.shape, args.output_tokens = "tiny", 4
+        args.cases = [Case(1, 300), Case(2, 200), Case(2, 100, tokens=8)]
+        args.focus, args.vllm = {"dense_below": 128, "window": 32}, {"enforce_eager": True, **args.vllm}
+    from loadtest.kernels import environment, read_json, write_json
 
-    longest = max(prompt for _, prompt in args.cases) + args.output_tokens + 16
+    content = read_json(args.output) or {"sides": {}}
+    content |= {"environment": environment(), "shape": args.shape, "focus": args.focus, "vllm": args.vllm}
+    longest = args.max_model_len or max(
+        case.prompt + (case.tokens or args.output_tokens) + 16 for case in args.cases
+    )
+    # The faster side first: what it leaves of its half of the time is the other's.
+    names = [args.side] if args.side else ["focus", "stock"]
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_model(directory, SHAPES[args.shape], longest)
         adapter = directory / "focus.safetensors"
         write_balanced_adapter(adapter, directory, args.focus)
-        run = Run(str(directory), None, args.cases, args.output_tokens, longest, args.vllm)
-        sides = {
-            "stock": _in_its_own_process(run, directory),
-            "focus": _in_its_own_process(dataclasses.replace(run, adapter=str(adapter)), directory),
-        }
-    rows = compare(sides)
-    titles = f"{'stock TTFT s':>14}{'Focus TTFT s':>14}{'':>8}{'stock TPOT ms':>15}{'Focus TPOT ms':>15}"
-    print(f"{'batch':>5}{'prompt':>9}{titles}")  # noqa: T201
-    for row in rows:
-        print(  # noqa: T201
-            f"{row['batch']:>5}{row['prompt']:>9}{row['stock_ttft']:>14.3f}{row['focus_ttft']:>14.3f}"
-            f"{row['ttft_ratio']:>7.2f}x{row['stock_tpot'] * 1e3:>15.2f}{row['focus_tpot'] * 1e3:>15.2f}"
-            f"{row['tpot_ratio']:>7.2f}x"
-        )
-    extras = {side: {key: value for key, value in sides[side].items() if key != "rows"} for side in sides}
-    print(extras)  # noqa: T201
+        for left, name in zip(range(len(names), 0, -1), names, strict=True):
+            result = directory / f"{name}.json"
+            write_json(result, content["sides"].get(name, {}))
+            side = Side(
+                str(directory), SHAPES[args.shape]["vocab_size"], str(adapter) if name == "focus" else None,
+                [str(case) for case in args.cases], args.output_tokens, longest,
+                time.time() + (deadline - time.time()) / left, args.vllm, str(result),
+            )  # fmt: skip
+            _in_its_own_process(side, directory)
+            content["sides"][name] = json.loads(result.read_text())
+            if args.output:
+                write_json(args.output, content)
+    content["rows"] = compare(content["sides"])
+    print(table(content["rows"]))  # noqa: T201
+    for name, measured in content["sides"].items():
+        for text, row in measured.get("rows", {}).items():
+            for kernel in row.get("kernels", [])[:25]:
+                print(f"{name} {text} {kernel['us']:10.1f} us {kernel['launches']:7.1f}  {kernel['kernel']}")  # noqa: T201
+        print(name, {key: value for key, value in measured.items() if key != "rows"})  # noqa: T201
     if args.output:
-        content = {"environment": environment(), "shape": args.shape, "focus": args.focus, "sides": extras}
-        write_json(args.output, {**content, "rows": rows})
+        write_json(args.output, content)
 
 
 if __name__ == "__main__":

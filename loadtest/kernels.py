@@ -1,11 +1,14 @@
 """Attention alone on a GPU: stock FlashAttention against the whole Focus path, over vLLM's paged cache.
 
     python -m loadtest.kernels --output kernels.json
+    python -m loadtest.kernels --output kernels.json --only decode --limit 300     # goes on where it stopped
+    python -m loadtest.kernels --smoke                                            # tiny, without a GPU
 
 The Focus side is everything a layer adds or replaces: routing, group store, lists, FlashAttention over lists,
-near part and merge. Both sides run in this process on the same tensors. Nothing is reported unless the
-output on the same shapes agrees with the definition in float32: its relative error may be at most 1.5 times
-that of stock FlashAttention against dense attention.
+near part, merge and counters. Both sides run in this process on the same tensors. A case is not reported
+unless its output agrees with the definition in float32: its relative error may be at most 1.5 times that of
+stock FlashAttention against dense attention. "decode+qkv" puts the layer's QKV projection on both sides,
+beside which a model routes. The file is written after every case, and cases that it has are not run again.
 """
 
 from __future__ import annotations
@@ -18,26 +21,42 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+if "--smoke" in sys.argv:  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
 
 from focus_vllm.config import FocusConfig
+from focus_vllm.engine.overlap import beside, rejoin
 from focus_vllm.kernels.attention import (
     DecodeScratch,
+    FlashAttention,
     PrefillScratch,
     decode_attention,
     decode_scratch_shapes,
     prefill_attention,
 )
+from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
-from focus_vllm.kernels.plan import BLOCK_QUERIES, Segment, list_capacity, near_keys, plan_waves
+from focus_vllm.kernels.plan import (
+    BLOCK_QUERIES,
+    Segment,
+    index_capacity,
+    list_capacity,
+    lists_per_query,
+    near_keys,
+    plan_waves,
+)
 from focus_vllm.kernels.routing import device_weight, route_into
 from focus_vllm.kernels.store import write_store
-from loadtest.paged import PagedBatch, make_batch
+from loadtest.paged import PagedBatch, SlowFlashAttention, make_batch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK = 8192
 ERROR_RATIO = 1.5
 CHECKED_ROWS = 4
@@ -66,39 +85,56 @@ class Case:
     batch: int
     config: FocusConfig
 
+    @property
+    def name(self) -> str:
+        """What identifies the case in a file of results."""
+        config = self.config
+        groups = f"{config.num_groups}/{config.key_k}/{config.top_k} below {config.dense_below}"
+        return f"{self.phase} {self.batch} x {self.context}, {groups}, budget {config.decode_budget}"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every request has one query."""
+        return self.phase.startswith("decode")
+
 
 class Layer:
     """One attention layer's tensors and both ways to run it."""
 
     def __init__(self, case: Case, shape: Shape, seed: int) -> None:
-        from focus_vllm.engine.flash import FlashAttention3
-
         self.case = case
-        queries = 1 if case.phase == "decode" else min(CHUNK, case.context)
+        queries = 1 if case.decodes else min(CHUNK, case.context)
+        dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
         self.batch = make_batch(
             [case.context] * case.batch, [queries] * case.batch, case.config, **dataclasses.asdict(shape),
-            dtype=torch.bfloat16, device="cuda", seed=seed,
+            dtype=dtype, device=DEVICE, seed=seed,
         )  # fmt: skip
         self.scale = shape.head_size**-0.5
         self.scores = Scores(self.scale)
-        self.attention = FlashAttention3(self.scores, MAX_SPLITS if case.phase == "decode" else 0)
+        self.attention = _flash_attention(self.scores, MAX_SPLITS if case.decodes else 0)
         self.out = torch.empty_like(self.batch.query)
         self.paged = self.batch.paged
         tokens = len(self.batch.query)
         hidden_size = shape.num_heads * shape.head_size
-        self.hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(case.config.num_groups, hidden_size, device="cuda")
-        self.weight = device_weight(weight, torch.bfloat16)
-        self.bias = torch.zeros(case.config.num_groups, device="cuda")
-        self.routed = torch.empty(2, tokens, dtype=self.batch.store.dtype, device="cuda")
+        self.hidden = torch.randn(tokens, hidden_size, device=DEVICE, dtype=dtype)
+        weight = torch.randn(case.config.num_groups, hidden_size, device=DEVICE)
+        self.weight = device_weight(weight, dtype)
+        self.bias = torch.zeros(case.config.num_groups, device=DEVICE)
+        self.routed = torch.empty(2, tokens, dtype=self.batch.store.dtype, device=DEVICE)
         starts = self.batch.query_start_loc
         self.slot_mapping = torch.cat([
             self.batch.slots(request)[-queries:] for request in range(case.batch)
         ])  # fmt: skip
         self.new_groups = self.batch.store[self.slot_mapping]
-        self.seq_lens = torch.tensor(self.batch.seq_lens, dtype=torch.int32, device="cuda")
-        self.cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device="cuda")
-        self.metadata = self._scheduler_metadata(shape) if case.phase == "decode" else None
+        self.seq_lens = torch.tensor(self.batch.seq_lens, dtype=torch.int32, device=DEVICE)
+        self.cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+        self.totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        self.projection: torch.Tensor | None = None
+        if case.phase == "decode+qkv":
+            width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size
+            self.projection = torch.randn(hidden_size, width, device=DEVICE, dtype=dtype)
+            self.projected = torch.empty(tokens, width, device=DEVICE, dtype=dtype)
+        self.metadata = self._scheduler_metadata(shape) if case.decodes and DEVICE == "cuda" else None
         self._plan(shape)
 
     def _scheduler_metadata(self, shape: Shape) -> torch.Tensor:
@@ -113,82 +149,98 @@ class Layer:
         return metadata
 
     def _plan(self, shape: Shape) -> None:
-        case, config = self.case, self.case.config
+        case, config, device = self.case, self.case.config, torch.device(DEVICE)
         heads = (shape.num_heads, shape.head_size)
-        if case.phase == "decode":
+        if case.decodes:
             shapes = decode_scratch_shapes(case.batch, case.context, 2**30)
-            buffers = [torch.empty(size, dtype=torch.int32, device="cuda") for size in shapes]
-            starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda")
-            self.decode_scratch = DecodeScratch(buffers[0], buffers[1], buffers[2], starts)
+            lists, list_lens = (torch.empty(size, dtype=torch.int32, device=DEVICE) for size in shapes)
+            starts = torch.arange(case.batch + 1, dtype=torch.int32, device=DEVICE)
+            self.decode_scratch = DecodeScratch(lists, list_lens, starts, Progress.zeros(case.batch, device))
             return
-        capacity = list_capacity(config, case.context, 0)
-        rows = max(CHUNK, BLOCK_QUERIES * config.top_k)
+        capacity = list_capacity(config, case.context)
         queries = len(self.batch.query)
+        rows, copied = (
+            max(CHUNK, BLOCK_QUERIES) * lists_per_query(config),
+            near_keys(config, max(CHUNK, BLOCK_QUERIES)),
+        )
         first = case.context - queries
         self.num_dense = min(max(config.dense_below - first, 0), queries)
         keys = min(config.dense_below, case.context)
-        lengths = torch.tensor([keys, 0, self.num_dense], dtype=torch.int32, device="cuda")
+        lengths = torch.tensor([keys, 0, self.num_dense], dtype=torch.int32, device=DEVICE)
         self.dense_lengths = lengths[:1], lengths[1:]
         segment = Segment(0, self.num_dense, first + self.num_dense, queries - self.num_dense)
         segments = [segment] if segment.num_queries else []
         tile = near_tile(shape.num_heads // shape.num_kv_heads)
-        copied = near_keys(config, rows)
-        self.waves = plan_waves(segments, config, tile, capacity, rows, copied, torch.device("cuda"))
+        self.waves = plan_waves(segments, config, tile, capacity, rows, copied, device)
+        index = index_capacity(config, case.context, queries, rows, copied)
         near_heads = (copied, shape.num_kv_heads, shape.head_size)
+        dtype = self.out.dtype
         near = (
-            torch.empty(size, dtype=torch.bfloat16, device="cuda")
+            torch.empty(size, dtype=dtype, device=DEVICE)
             for size in (near_heads, near_heads, (copied, GROUP_BITS))
         )
         self.prefill_scratch = PrefillScratch(
-            torch.empty(capacity, dtype=torch.int32, device="cuda"),
-            torch.empty(rows, *heads, dtype=torch.bfloat16, device="cuda"),
-            torch.empty(rows, *heads, dtype=torch.bfloat16, device="cuda"),
+            torch.empty(capacity, dtype=torch.int32, device=DEVICE),
+            torch.empty(index, dtype=torch.int32, device=DEVICE),
+            torch.empty(rows, *heads, dtype=dtype, device=DEVICE),
+            torch.empty(rows, *heads, dtype=dtype, device=DEVICE),
             NearKeys(*near),
         )
 
     def dense(self) -> None:
         """Run stock FlashAttention as vLLM calls it."""
+        if self.projection is not None:
+            torch.mm(self.hidden, self.projection, out=self.projected)
         self._stock(len(self.batch.query), self.case.context, self.seq_lens, self.cu_seqlens_q)
 
     def _stock(self, queries: int, keys: int, seq_lens: torch.Tensor, starts: torch.Tensor) -> None:
+        key_cache, value_cache = torch.split(self.batch.cache, self.batch.query.shape[-1], dim=-1)
+        query, out, longest = self.batch.query[:queries], self.out[:queries], queries
+        if self.case.decodes:
+            longest = 1
+        if DEVICE == "cpu":
+            SlowFlashAttention(self.scores)(
+                query, key_cache, value_cache, out=out, block_table=self.paged.block_table, table_rows=None,
+                cu_seqlens_q=starts, seqused_k=seq_lens, max_seqlen_q=longest, max_seqlen_k=keys, causal=True,
+            )  # fmt: skip
+            return
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-        key_cache, value_cache = torch.split(self.batch.cache, self.batch.query.shape[-1], dim=-1)
-        decode = self.case.phase == "decode"
         flash_attn_varlen_func(
-            q=self.batch.query[:queries], k=key_cache, v=value_cache, out=self.out[:queries],
-            cu_seqlens_q=starts, max_seqlen_q=1 if decode else queries, seqused_k=seq_lens, max_seqlen_k=keys,
-            softmax_scale=self.scale, causal=True, block_table=self.paged.block_table, fa_version=3,
-            scheduler_metadata=self.metadata, num_splits=MAX_SPLITS if decode else 0,
+            q=query, k=key_cache, v=value_cache, out=out, cu_seqlens_q=starts, max_seqlen_q=longest,
+            seqused_k=seq_lens, max_seqlen_k=keys, softmax_scale=self.scale, causal=True,
+            block_table=self.paged.block_table, fa_version=3, scheduler_metadata=self.metadata,
+            num_splits=MAX_SPLITS if self.case.decodes else 0,
         )  # fmt: skip
+
+    def _route(self) -> None:
+        config, routed = self.case.config, self.routed
+        route_into(self.hidden, self.weight, self.bias, routed[0], routed[1], config.key_k, config.top_k)
 
     def focus(self) -> None:
         """Run everything that a routed layer does."""
         batch, config = self.batch, self.case.config
-        if config.dense_below < self.case.context:
-            route_into(
-                self.hidden,
-                self.weight,
-                self.bias,
-                self.routed[0],
-                self.routed[1],
-                config.key_k,
-                config.top_k,
-            )
-            if self.case.phase == "prefill":
-                write_store(batch.store, self.slot_mapping, self.new_groups)
-        if self.case.phase == "decode":
+        if self.projection is not None:
+            with beside(self.hidden.device):
+                self._route()
+            torch.mm(self.hidden, self.projection, out=self.projected)
+            rejoin(self.hidden.device)
+        elif config.dense_below < self.case.context:
+            self._route()
+        if self.case.decodes:
             decode_attention(
                 self.attention, batch.query, self.out, self.slot_mapping, self.new_groups, batch.query_groups,
-                batch.store, self.paged, self.seq_lens, config, self.decode_scratch,
+                batch.store, self.paged, self.seq_lens, config, self.decode_scratch, self.totals,
             )  # fmt: skip
             return
+        if config.dense_below < self.case.context:
+            write_store(batch.store, self.slot_mapping, self.new_groups, self.totals)
         if self.num_dense:
             keys = min(config.dense_below, self.case.context)
             self._stock(self.num_dense, keys, *self.dense_lengths)
         prefill_attention(
             self.attention, self.waves, batch.query, self.out, batch.query_groups, batch.store, self.paged,
-            config, self.scores, self.prefill_scratch,
+            config, self.scores, self.prefill_scratch, self.totals,
         )  # fmt: skip
 
     def errors(self) -> tuple[float, float]:
@@ -216,32 +268,49 @@ class Layer:
         return float((difference / norm) ** 0.5)
 
 
+def _flash_attention(scores: Scores, num_splits: int) -> FlashAttention:
+    if DEVICE == "cpu":
+        return SlowFlashAttention(scores)
+    from focus_vllm.engine.flash import FlashAttention3
+
+    return FlashAttention3(scores, num_splits)
+
+
 def seconds(run: Callable[[], None], repeats: int, calls: int) -> float:
     """Return the median over `repeats` of the device's time for one of `calls` calls."""
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
     for _ in range(2):
         run()
     samples = []
     for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        start.record()
+        begin.record()
         for _ in range(calls):
             run()
         end.record()
         end.synchronize()
-        samples.append(start.elapsed_time(end) / calls / 1e3)
+        samples.append(begin.elapsed_time(end) / calls / 1e3)
     return float(statistics.median(samples))
 
 
 def graph_of(layers: list[Layer], side: str) -> Callable[[], None]:
-    """Capture one pass over the layers."""
-    for layer in layers:
-        getattr(layer, side)()
+    """Capture one pass over the layers; without a GPU, return what makes it."""
+
+    def run() -> None:
+        for layer in layers:
+            getattr(layer, side)()
+
+    if DEVICE == "cpu":
+        return run
+    run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for layer in layers:
-            getattr(layer, side)()
+        run()
     return graph.replay
 
 
@@ -254,19 +323,21 @@ def measure(case: Case, shape: Shape, repeats: int) -> dict[str, Any]:
             f"{case}: Focus's relative error {focus_error:.2e} is more than {ERROR_RATIO} times stock's "
             f"{dense_error:.2e}; nothing is reported"
         )
-    if case.phase == "decode":
+    layers, calls = [layer], 2 if case.context > 65536 else 10
+    if case.decodes and DEVICE == "cuda":
         bytes_per_layer = layer.batch.cache.numel() * layer.batch.cache.element_size()
         count = min(16, -(-L2_BYTES // bytes_per_layer))
-        layers = [layer] + [Layer(case, shape, seed) for seed in range(1, count)]
+        layers += [Layer(case, shape, seed) for seed in range(1, count)]
         calls = max(2, 64 // count)
-        times = {side: seconds(graph_of(layers, side), repeats, calls) / count for side in ("dense", "focus")}
-    else:
-        # Captured too: eager launches take about as long as the shortest of these kernels, and in a model
-        # they overlap with other layers' work.
-        calls = 2 if case.context > 65536 else 10
-        times = {side: seconds(graph_of([layer], side), repeats, calls) for side in ("dense", "focus")}
+    # Prefill is captured too: eager launches take about as long as the shortest of these kernels, and in a
+    # model they overlap with other layers' work.
+    times = {
+        side: seconds(graph_of(layers, side), repeats, calls) / len(layers) for side in ("dense", "focus")
+    }
+    candidates, selected = (layer.totals[offset::2].sum().item() for offset in range(2))
     config = case.config
     return {
+        "name": case.name,
         "phase": case.phase,
         "context": case.context,
         "batch": case.batch,
@@ -275,11 +346,13 @@ def measure(case: Case, shape: Shape, repeats: int) -> dict[str, Any]:
         "top_k": config.top_k,
         "window": config.window,
         "dense_below": config.dense_below,
+        "decode_budget": config.decode_budget,
         "dense_us": times["dense"] * 1e6,
         "focus_us": times["focus"] * 1e6,
         "ratio": times["dense"] / times["focus"],
         "dense_error": dense_error,
         "focus_error": focus_error,
+        "keys_read": selected / candidates if candidates else None,
     }
 
 
@@ -292,37 +365,57 @@ def profile(case: Case, shape: Shape) -> list[dict[str, Any]]:
         for _ in range(calls):
             layer.focus()
         torch.cuda.synchronize()
+    return kernel_table(recording, calls)
+
+
+def kernel_table(recording: torch.profiler.profile, steps: int) -> list[dict[str, Any]]:
+    """Return a recording's kernels, the longest first, with launches and microseconds per step."""
     kernels = sorted(recording.key_averages(), key=lambda event: -event.device_time_total)
     return [
-        {"kernel": event.key[:80], "launches": event.count / calls, "us": event.device_time_total / calls}
+        {"kernel": event.key[:80], "launches": event.count / steps, "us": event.device_time_total / steps}
         for event in kernels
         if event.device_time_total
     ]
 
 
-def cases(quick: bool) -> list[Case]:
-    """Return the table's lines."""
+def cases() -> list[Case]:
+    """Return the table's lines, those that must be shown first."""
     one = FocusConfig()
-    sweep = [8192, 131072] if quick else [1024, 2048, 4096, 8192, 16384, 65536, 262144, 1048576]
-    lines = [Case("prefill", context, 1, one) for context in sweep]
-    if not quick:
-        routed = FocusConfig(dense_below=0)
-        lines += [Case("prefill", context, 1, routed) for context in (2048, 4096, 8192)]
-        lines += [Case("decode", context, 1, routed) for context in (2048, 4096)]
-    for top_k in (2, 4):
-        config = FocusConfig(num_groups=16, top_k=top_k)
-        lines += [
-            Case("prefill", context, 1, config) for context in ([65536] if quick else [16384, 65536, 262144])
-        ]
-    for batch, contexts in (
-        (1, (8192, 32768, 131072, 524288)),
-        (8, (8192, 32768, 131072)),
-        (32, (8192, 32768)),
-    ):
-        lines += [
-            Case("decode", context, batch, one) for context in contexts if not quick or context == 32768
-        ]
+    lines = [
+        Case("prefill", context, 1, one)
+        for context in (16384, 65536, 262144, 1048576, 4096, 8192, 1024, 2048)
+    ]
+    decodes = (
+        (8, 131072),
+        (1, 524288),
+        (1, 8192),
+        (1, 32768),
+        (1, 131072),
+        (8, 8192),
+        (8, 32768),
+        (32, 8192),
+        (32, 32768),
+    )
+    lines += [Case("decode", context, batch, one) for batch, context in decodes]
+    lines += [
+        Case("decode+qkv", context, batch, one) for batch, context in ((1, 8192), (1, 32768), (8, 131072))
+    ]
+    for num_groups, key_k, top_k in ((16, 1, 2), (16, 1, 4), (8, 2, 2), (4, 2, 2)):
+        config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
+        lines += [Case("prefill", context, 1, config) for context in (65536, 16384, 262144)]
+        lines += [Case("decode", 131072, 8, config)]
+    lines += [Case("decode", 131072, 8, dataclasses.replace(one, decode_budget=2048))]
+    routed = FocusConfig(dense_below=0)
+    lines += [Case("prefill", context, 1, routed) for context in (2048, 4096, 8192)]
     return lines
+
+
+def smoke_cases() -> list[Case]:
+    """Return lines that the interpreter can run: every phase and kind of list."""
+    one = FocusConfig(window=40, dense_below=100)
+    several, sets = (dataclasses.replace(one, key_k=key_k, top_k=2) for key_k in (1, 2))
+    lines = [Case("prefill", 260, 1, config) for config in (one, several, sets)]
+    return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv")]
 
 
 def environment() -> dict[str, str]:
@@ -335,9 +428,9 @@ def environment() -> dict[str, str]:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        commit = os.environ.get("FOCUS_COMMIT", "unknown")
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": vllm.__version__,
@@ -354,11 +447,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Path(scratch).replace(path)
 
 
+def read_json(path: Path | None) -> dict[str, Any]:
+    """Return what an earlier run wrote; empty if there was none."""
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
 def _line(row: dict[str, Any]) -> str:
+    groups = f"{row['num_groups']}/{row['key_k']}/{row['top_k']}"
+    read = "" if row["keys_read"] is None else f"{row['keys_read']:.1%}"
     return (
-        f"{row['phase']:8}{row['context']:>9}{row['batch']:>6}{row['num_groups']:>4}{row['top_k']:>3}{row['dense_below']:>6}"
+        f"{row['phase']:11}{row['context']:>9}{row['batch']:>6}{groups:>8}{row['dense_below']:>6}"
         f"{row['dense_us']:>12.1f}{row['focus_us']:>12.1f}{row['ratio']:>8.2f}x"
-        f"{row['dense_error']:>10.1e}{row['focus_error']:>10.1e}"
+        f"{row['dense_error']:>10.1e}{row['focus_error']:>10.1e}{read:>8}"
     )
 
 
@@ -367,30 +467,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write, and to go on from")
     parser.add_argument(
         "--repeats", type=int, default=7, help="timed samples per number; the median is reported"
     )
-    parser.add_argument("--quick", action="store_true", help="a few shapes only")
-    args = parser.parse_args()
-    shape = Shape()
-    print(  # noqa: T201
-        f"{'phase':8}{'context':>9}{'batch':>6}{'K':>4}{'k':>3}{'below':>6}{'dense us':>12}{'focus us':>12}"
-        f"{'ratio':>9}{'dense err':>10}{'focus err':>10}"
+    parser.add_argument("--only", choices=["prefill", "decode", "profile"], help="a part of the table")
+    parser.add_argument("--limit", type=float, default=540, help="start no case after so many seconds")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes, in the interpreter if there is no GPU"
     )
-    rows = []
-    for case in cases(args.quick):
-        rows.append(measure(case, shape, args.repeats))
-        torch.cuda.empty_cache()
-        print(_line(rows[-1]), flush=True)  # noqa: T201
-    profiles = {}
-    for phase, batch, context in (("decode", 8, 131072), ("prefill", 1, 16384), ("prefill", 1, 262144)):
-        name = f"{phase} {batch} x {context}"
-        profiles[name] = profile(Case(phase, context, batch, FocusConfig()), shape)
-        print(name, *(f"  {k['us']:9.1f} us  {k['kernel']}" for k in profiles[name]), sep="\n")  # noqa: T201
-    if args.output:
-        content = {"environment": environment(), "shape": dataclasses.asdict(shape), "chunk": CHUNK}
-        write_json(args.output, {**content, "rows": rows, "profiles": profiles})
+    args = parser.parse_args()
+    started = time.monotonic()
+    shape = Shape(4, 2, 64) if args.smoke else Shape()
+    before = read_json(args.output)
+    rows, profiles = before.get("rows", []), before.get("profiles", {})
+    failed: list[str] = []
+    content: dict[str, Any] = {
+        "environment": environment(),
+        "shape": dataclasses.asdict(shape),
+        "chunk": CHUNK,
+    }
+    content |= {"rows": rows, "profiles": profiles, "failed": failed}
+    print(  # noqa: T201
+        f"{'phase':11}{'context':>9}{'batch':>6}{'K/kk/k':>8}{'below':>6}{'dense us':>12}{'focus us':>12}"
+        f"{'ratio':>9}{'dense err':>10}{'focus err':>10}{'read':>8}"
+    )
+    profiled = [] if args.smoke else [("decode", 8, 131072), ("prefill", 1, 262144), ("prefill", 1, 16384)]
+    work: list[tuple[str, Case]] = [
+        ("row", case) for case in (smoke_cases() if args.smoke else cases())
+        if args.only is None or case.phase.startswith(args.only)
+    ]  # fmt: skip
+    if args.only in (None, "profile"):
+        work += [("profile", Case(phase, size, batch, FocusConfig())) for phase, batch, size in profiled]
+    for kind, case in work:
+        if case.name in (profiles if kind == "profile" else {row["name"] for row in rows}):
+            continue
+        if time.monotonic() - started > args.limit:
+            print(f"not run, out of time: {kind} {case.name}")  # noqa: T201
+            continue
+        try:
+            if kind == "row":
+                rows.append(measure(case, shape, args.repeats))
+                print(_line(rows[-1]), flush=True)  # noqa: T201
+            else:
+                profiles[case.name] = profile(case, shape)
+                lines = (
+                    f"{k['us']:9.1f} us {k['launches']:5.1f}  {k['kernel']}" for k in profiles[case.name]
+                )
+                print(case.name, *lines, sep="\n  ", flush=True)  # noqa: T201
+        except Exception as error:  # noqa: BLE001 - the other cases are still worth having
+            failed.append(f"{case.name}: {error}"[:2000])
+            print(f"FAILED {case.name}: {error}", flush=True)  # noqa: T201
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        if args.output:
+            write_json(args.output, content)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vLLM with CUDA graphs and torch.compile: the demo model with its adapter, against stock vLLM."""
+"""vLLM with CUDA graphs and torch.compile, the demo model: against stock vLLM and the reference."""
 
 from __future__ import annotations
 
@@ -7,86 +7,179 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = ROOT / "focus_vllm" / "demo"
-PROMPTS = [500, 1900, 2500, 6000]
+ALONE = [[500], [1900], [2500], [6000]]
+BATCH = [[6000, 2500, 1900, 500]]
+FORCED = 200
+# With one group per token the store holds the groups of queries too.
+FOCUS = {"adapter": str(DEMO / "focus.safetensors"), "top_k": 1}
+ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
+    "stock": (None, {"enable_prefix_caching": False}),
+    "focus": (FOCUS, {"enable_prefix_caching": False}),
+    "eager, chunked, cached": (
+        FOCUS, {"enforce_eager": True, "max_num_batched_tokens": 1536, "enable_prefix_caching": True},
+    ),
+    "wide": ({**FOCUS, "window": 8192}, {"enable_prefix_caching": False}),
+}  # fmt: skip
 RUN = """
 import json, os, sys
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import torch
 from vllm import LLM, SamplingParams
 from focus_vllm.engine.plugin import register
 
 def main():
     register()
-    focus, arguments, groups = (json.loads(text) for text in sys.argv[2:5])
+    focus, arguments, groups, forced = (json.loads(text) for text in sys.argv[3:7])
     llm = LLM(model=sys.argv[1], max_model_len=8192, additional_config={"focus": focus} if focus else {},
-              gpu_memory_utilization=0.3, seed=0, **arguments)
+              kv_cache_memory_bytes=2**30, seed=0, **arguments,
+              worker_extension_cls="focus_vllm.engine.worker.FocusWorkerExtension")
+    core = llm.llm_engine.engine_core.engine_core
+    layers = {}
+    if focus:
+        layers = core.model_executor.driver_worker.worker.model_runner.get_model().focus.layers
+    free, stored = core.scheduler.kv_cache_manager.free, []
+
+    def keep_and_free(request):
+        blocks = core.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0]
+        size = core.scheduler.block_size
+        slots = torch.tensor([block * size + offset for block in blocks for offset in range(size)])
+        slots = slots.cuda()[:request.num_computed_tokens]
+        stored.append({index: layer.store[slots].cpu() for index, layer in layers.items()})
+        free(request)
+
+    core.scheduler.kv_cache_manager.free = keep_and_free
     text = open("focus_vllm/adapter.py").read() + open("focus_vllm/reference.py").read()
     tokens = (llm.get_tokenizer().encode(text) * 4)[:6000]
-    params = SamplingParams(temperature=0, max_tokens=40, logprobs=0, ignore_eos=True)
-    result = []
-    for lengths in groups:
+    def generate(lengths, count):
+        params = SamplingParams(temperature=0, max_tokens=count, logprobs=0, ignore_eos=True)
+        result = []
         prompts = [{"prompt_token_ids": tokens[:length]} for length in lengths]
         for output in llm.generate(prompts, params, use_tqdm=False):
             done = output.outputs[0]
             values = [entry[token].logprob for token, entry in zip(done.token_ids, done.logprobs)]
             result.append([list(done.token_ids), values])
-    print("RESULT " + json.dumps(result))
+        return result
+    result = {"texts": [text for lengths in groups for text in generate(lengths, 40)]}
+    result["before"] = llm.collective_rpc("focus_stats")[0]
+    stored.clear()
+    result["forced"] = generate([6000], forced)[0]
+    result["after"] = llm.collective_rpc("focus_stats")[0]
+    result["prompt"] = tokens
+    torch.save({"result": result, "groups": stored[-1]}, sys.argv[2])
 
 main()
 """
 
 
-def run(focus: dict | None, groups: list[list[int]], **arguments) -> list[list]:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """All engines at once; what each generated, alone then in one batch."""
+    folder = tmp_path_factory.mktemp("runs")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    settings = {"adapter": str(DEMO / "focus.safetensors"), **focus} if focus is not None else None
-    texts = [json.dumps(value) for value in (settings, arguments, groups)]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(DEMO / "model"), *texts],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    processes = {}
+    for number, (name, (focus, arguments)) in enumerate(ENGINES.items()):
+        texts = [json.dumps(value) for value in (focus, arguments, ALONE + BATCH, FORCED)]
+        log = (folder / f"{number}.log").open("w")
+        command = [sys.executable, "-c", RUN, str(DEMO / "model"), str(folder / f"{number}.pt"), *texts]
+        processes[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    results = {}
+    try:
+        for number, (name, process) in enumerate(processes.items()):
+            process.wait(360)
+            assert process.returncode == 0, f"{name}:\n{(folder / f'{number}.log').read_text()[-4000:]}"
+            results[name] = torch.load(folder / f"{number}.pt")
+    finally:
+        for process in processes.values():
+            process.kill()
+    return results
 
 
-@pytest.fixture(scope="module")
-def focus_alone() -> list[list]:
-    return run({}, [[length] for length in PROMPTS], enable_prefix_caching=False)
+def texts_of(runs: dict[str, dict[str, Any]], name: str) -> tuple[list, list]:
+    """Tokens and log-probabilities of the prompts alone, and of the same in one batch, in the same order."""
+    texts = runs[name]["result"]["texts"]
+    return texts[: len(ALONE)], texts[len(ALONE) :][::-1]
 
 
-@pytest.fixture(scope="module")
-def stock_alone() -> list[list]:
-    return run(None, [[length] for length in PROMPTS], enable_prefix_caching=False)
+def test_prompt_below_dense_below_is_bit_identical_to_stock(runs):
+    assert texts_of(runs, "focus")[0][:2] == texts_of(runs, "stock")[0][:2]
 
 
-def test_prompt_below_dense_below_is_bit_identical_to_stock(focus_alone, stock_alone):
-    assert focus_alone[:2] == stock_alone[:2]
+def test_long_prompt_is_not_dense(runs):
+    assert texts_of(runs, "focus")[0][3] != texts_of(runs, "stock")[0][3]
 
 
-def test_long_prompt_is_not_dense(focus_alone, stock_alone):
-    assert focus_alone[3] != stock_alone[3]
-
-
-def test_window_as_long_as_the_prompt_is_dense(stock_alone):
-    wide = run({"window": 8192}, [[length] for length in PROMPTS], enable_prefix_caching=False)
-    for ours, dense in zip(wide, stock_alone, strict=True):
+def test_window_as_long_as_the_prompt_is_dense(runs):
+    for ours, dense in zip(texts_of(runs, "wide")[0], texts_of(runs, "stock")[0], strict=True):
         assert ours[1][0] == pytest.approx(dense[1][0], abs=0.05)
 
 
-def test_first_token_does_not_depend_on_batch_chunks_graphs_or_cached_prefixes(focus_alone):
-    variants = [
-        run({}, [PROMPTS], enable_prefix_caching=False, max_num_batched_tokens=1536),
-        run({}, [[6000], *([length] for length in PROMPTS)], enforce_eager=True)[1:],
-    ]
-    for variant in variants:
-        for ours, alone in zip(variant, focus_alone, strict=True):
-            assert ours[1][0] == pytest.approx(alone[1][0], abs=0.05)
+def test_first_token_does_not_depend_on_batch_chunks_graphs_or_cached_prefixes(runs):
+    alone, batched = texts_of(runs, "focus")
+    for variant in (batched, *texts_of(runs, "eager, chunked, cached")):
+        for ours, expected in zip(variant, alone, strict=True):
+            assert ours[1][0] == pytest.approx(expected[1][0], abs=0.05)
+
+
+def reference_error(run: dict[str, Any], focus: bool) -> float:
+    """Root mean square difference of the engine's log-probabilities from the float32 reference's."""
+    from transformers import AutoModelForCausalLM
+
+    from focus_vllm.adapter import load_adapter
+    from focus_vllm.config import FocusConfig
+    from focus_vllm.training.hf import attach, prompt_logprobs
+
+    result = run["result"]
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).cuda().eval()
+    ids = result["prompt"] + result["forced"][0]
+    adapter = load_adapter(DEMO / "focus.safetensors")
+    with torch.no_grad():
+        if focus:
+            config = FocusConfig.from_dict({**adapter.config.to_dict(), "top_k": 1})
+            # The last token's key is never computed.
+            groups = {index: (stored.cuda(), stored.cuda()) for index, stored in run["groups"].items()}
+            with attach(model, config, adapter.layers, groups):
+                expected = prompt_logprobs(model, ids[: len(ids) - 1])
+        else:
+            expected = prompt_logprobs(model, ids[: len(ids) - 1])
+    got = torch.tensor(result["forced"][1][:-1])
+    return (got - expected[-len(got) :]).square().mean().sqrt().item()
+
+
+def test_log_probabilities_of_200_tokens_after_6000_are_as_exact_as_those_of_stock_vllm(runs):
+    stock, focus = reference_error(runs["stock"], False), reference_error(runs["focus"], True)
+    print(f"root mean square difference: stock {stock:.2e}, Focus {focus:.2e}")  # noqa: T201
+    assert focus <= 1.5 * stock
+
+
+def test_counters_say_how_many_keys_were_read(runs):
+    from focus_vllm.adapter import load_adapter
+    from focus_vllm.config import FocusConfig
+    from focus_vllm.reference import focus_mask
+
+    run = runs["focus"]
+    config = load_adapter(DEMO / "focus.safetensors").config
+    config = FocusConfig.from_dict({**config.to_dict(), "top_k": 1})
+    prompt, length = 6000, 6000 + FORCED - 1
+    expected = {
+        "candidate_tokens": {"prefill": 0, "decode": 0},
+        "selected_tokens": {"prefill": 0, "decode": 0},
+    }
+    for groups in run["groups"].values():
+        assert len(groups) == length
+        read = focus_mask(groups.cuda(), groups.cuda(), config).sum(dim=1)
+        expected["selected_tokens"]["prefill"] += int(read[:prompt].sum())
+        expected["selected_tokens"]["decode"] += int(read[prompt:].sum())
+        expected["candidate_tokens"]["prefill"] += prompt * (prompt + 1) // 2
+        expected["candidate_tokens"]["decode"] += sum(range(prompt + 1, length + 1))
+    before, after = run["result"]["before"], run["result"]["after"]
+    for kind, phases in expected.items():
+        assert {phase: after[kind][phase] - before[kind][phase] for phase in phases} == phases

@@ -1,4 +1,7 @@
-"""The whole path with vLLM's FlashAttention 3 over page-size-1 tables, against the definition."""
+"""The whole path with vLLM's FlashAttention 3 over page-size-1 tables, against the definition.
+
+Blocks are permuted and unused slots are not numbers, as in `loadtest.paged`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import pytest
 import torch
 from test_kernels import decode, prefill, settings
 
+from focus_vllm.kernels.gather import GatheredAttention
+from focus_vllm.kernels.plan import lists_per_query
 from loadtest.paged import PagedBatch, make_batch
 
 pytestmark = pytest.mark.gpu
@@ -17,9 +22,16 @@ SHAPES = {
     "8/8 x 64": (8, 8, 64),
     "16/1 x 96": (16, 1, 96),
     "8/4 x 256": (8, 4, 256),
+    "16/8 x 64": (16, 8, 64),
 }
-RAGGED = {"seq_lens": [1, 15, 16, 17, 1000, 33333], "query_lens": [1, 15, 3, 17, 300, 2500]}
 LENGTHS = [1, 15, 16, 17, 1000, 33333]
+RAGGED = {
+    "chunks at the end": [1, 15, 3, 17, 300, 2500],
+    "whole prompts": [1, 15, 16, 17, 1000, 8192],
+    "one token each": [1] * 6,
+    "edges of a block of queries": [1, 1, 16, 16, 1000, 1025],
+}
+GROUPS = ["1/1", "1/2", "1/4", "2/2", "2/1", "2/2 of 16"]
 
 
 def flash(scores):
@@ -72,19 +84,63 @@ def dense_error(batch: PagedBatch, softcap: float = 0.0) -> float:
     return error_of(everything, out, softcap)
 
 
-@pytest.mark.parametrize("groups", ["1/1", "1/2", "1/4", "2/2"])
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_prefill_is_as_exact_as_flash_attention(groups, shape):
-    batch = batch_of(groups, shape, torch.bfloat16, RAGGED)
+    lengths = {"seq_lens": LENGTHS, "query_lens": RAGGED["chunks at the end"]}
+    batch = batch_of(groups, shape, torch.bfloat16, lengths)
     out = prefill(batch, flash=flash)
     assert error_of(batch, out) <= 1.5 * dense_error(batch)
 
 
-@pytest.mark.parametrize("groups", ["1/1", "1/2", "1/4", "2/2"])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("chunks", RAGGED)
+def test_prefill_is_exact_wherever_chunks_end(groups, chunks):
+    batch = batch_of(
+        groups, "32/8 x 128", torch.bfloat16, {"seq_lens": LENGTHS, "query_lens": RAGGED[chunks]}
+    )
+    # Rows for one wave of 8,192 queries and for many waves.
+    for rows in (8192, 1024):
+        out = prefill(batch, flash=flash, row_capacity=rows * lists_per_query(batch.config))
+        assert error_of(batch, out) <= 1.5 * dense_error(batch)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_is_as_exact_as_flash_attention(groups, shape):
     batch = batch_of(groups, shape, torch.bfloat16, {"seq_lens": LENGTHS, "query_lens": [1] * len(LENGTHS)})
     assert error_of(batch, decode(batch, flash=flash)) <= 1.5 * dense_error(batch)
+
+
+@pytest.mark.parametrize("requests", [1, 3, 40, 300])
+def test_decode_lists_of_any_batch_size_are_complete_each_time(requests):
+    """The programs of a launch wait for one another: this must end, and leave no trace for the next."""
+    lengths = [1 + 997 * index % 9000 for index in range(requests)] + [200_000]
+    batch = batch_of(
+        "1/2", "16/1 x 96", torch.bfloat16, {"seq_lens": lengths, "query_lens": [1] * len(lengths)}
+    )
+    first = decode(batch, flash=flash, list_bytes=2**30)
+    for _ in range(3):
+        assert torch.equal(decode(batch, flash=flash, list_bytes=2**30), first)
+
+
+@pytest.mark.parametrize("budget", [0, 500])
+def test_decode_with_a_budget_is_as_exact_as_flash_attention(budget):
+    batch = batch_of(
+        "1/1", "32/8 x 128", torch.bfloat16, {"seq_lens": LENGTHS, "query_lens": [1] * len(LENGTHS)}
+    )
+    batch = dataclasses.replace(batch, config=dataclasses.replace(batch.config, decode_budget=budget))
+    assert error_of(batch, decode(batch, flash=flash)) <= 1.5 * dense_error(batch)
+
+
+@pytest.mark.parametrize("run", [prefill, decode])
+@pytest.mark.parametrize("groups", ["1/1", "1/2"])
+def test_keys_copied_into_pages_give_what_lists_in_place_give(run, groups):
+    queries = [1] * 6 if run is decode else RAGGED["chunks at the end"]
+    lengths = {"seq_lens": LENGTHS, "query_lens": queries}
+    batch = batch_of(groups, "32/8 x 128", torch.bfloat16, lengths)
+    copied = run(batch, flash=lambda scores: GatheredAttention(flash(scores), None))
+    assert error_of(batch, copied) <= 1.5 * dense_error(batch)
 
 
 @pytest.mark.parametrize("run", [prefill, decode])
