@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.attention import DecodeScratch, PrefillScratch
 from focus_vllm.kernels.decode_lists import Progress
-from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch
+from focus_vllm.kernels.gather import PAGE, GatherScratch
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores
 from focus_vllm.kernels.plan import index_capacity, list_capacity, lists_per_query, near_keys
 from focus_vllm.kernels.routing import device_weight, route_into
@@ -85,22 +85,16 @@ def compile_case(
     query = torch.zeros(64, num_heads, head_size).to(dtype)
     query.zero_ = lambda: query  # type: ignore[method-assign] - the CPU cannot for FP8
     scales = [torch.ones(1)] * 3 if quantized else []
+    pages = [torch.empty(40, PAGE, num_kv_heads, head_size, dtype=dtype) for _ in range(2)]
     compile_kernels(
         config, query, torch.zeros(64, num_heads, head_size, dtype=out_dtype), num_kv_heads, dtype,
         Scores(0.1, softcap, *scales), prefill, decode,
+        GatherScratch(pages[0], pages[1], torch.empty(200_000, dtype=torch.int32)),
     )  # fmt: skip
     groups = torch.empty(2, 64, dtype=mask_dtype(config.num_groups))
     weight = device_weight(torch.empty(config.num_groups, 512), out_dtype)
     hidden, bias = torch.empty(64, 512, dtype=out_dtype), torch.zeros(config.num_groups)
     route_into(hidden, weight, bias, groups[0], groups[1], config.key_k, config.top_k)
-    pages = [torch.empty(40, PAGE, num_kv_heads, head_size, dtype=dtype) for _ in range(2)]
-    keys, values = torch.empty(640, 1, num_kv_heads, 2 * head_size, dtype=dtype).split(head_size, dim=-1)
-    table = torch.empty(1000, dtype=torch.int32)
-    GatheredAttention(lambda *_, **__: query, GatherScratch(pages[0], pages[1], table))(
-        query, keys, values, out=query, block_table=torch.zeros(4, 64, dtype=torch.int32), table_rows=None,
-        cu_seqlens_q=starts, seqused_k=torch.zeros(4, dtype=torch.int32), max_seqlen_q=1, max_seqlen_k=64,
-        causal=True,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -298,15 +298,16 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         focus, num_slots = self.focus, kv_cache.shape[0] * kv_cache.shape[2]
-        if focus is None or (focus.store is not None and len(focus.store) == num_slots):
+        if focus is None:
             return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the group store must exist before a CUDA graph is captured: run an eager step"
-            )
         if focus.store is None or len(focus.store) < num_slots:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the group store must exist before a CUDA graph is captured: run an eager step"
+                )
             focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype, device=kv_cache.device)
-        focus.store = focus.store[:num_slots]
+        if len(focus.store) > num_slots:
+            focus.store = focus.store[:num_slots]
 
     def forward(
         self,
@@ -369,6 +370,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         token_bytes = self._token_bytes() * sum(hasattr(module, "impl") for module in context.values())
         most_slots = torch.cuda.get_device_properties(device).total_memory // token_bytes
         focus.store = torch.zeros(most_slots, dtype=focus.key_groups.dtype, device=device)
+        start = torch.arange(2, dtype=torch.int32, device=device), Progress.zeros(1, device)
+        self._decode_scratch(*start, output.dtype)  # the workspace has its final size before it is used
+        prefill, gather = self._prefill_scratch(query, output)
         compile_kernels(
             focus.config,
             query,
@@ -376,10 +380,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             self.num_kv_heads,
             self._cache_dtype(output.dtype),
             self._scores(layer),
-            prefill=self._prefill_scratch(query, output)[0],
-            decode=self._decode_scratch(
-                torch.arange(2, dtype=torch.int32, device=device), Progress.zeros(1, device), output.dtype
-            )[0],
+            prefill=prefill,
+            decode=self._decode_scratch(*start, output.dtype)[0],
+            gather=gather,
         )
 
     def _check_flash_attention(self) -> None:

@@ -9,10 +9,12 @@ import torch
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.attention import (
     DecodeScratch,
+    FlashAttention,
     PrefillScratch,
     decode_attention,
     prefill_attention,
 )
+from focus_vllm.kernels.gather import GatheredAttention, GatherScratch
 from focus_vllm.kernels.near import Cache, Scores, near_tile
 from focus_vllm.kernels.plan import Segment, plan_waves
 from focus_vllm.kernels.store import write_store
@@ -35,6 +37,7 @@ def compile_kernels(
     scores: Scores,
     prefill: PrefillScratch,
     decode: DecodeScratch,
+    gather: GatherScratch | None = None,
 ) -> None:
     """Run prefill and decode once, without FlashAttention, on data of the shapes and dtypes to come.
 
@@ -47,7 +50,11 @@ def compile_kernels(
         scores: The layer's scale and softcap.
         prefill: Buffers.
         decode: Buffers.
+        gather: Buffers, where listed keys are copied.
     """
+    attention: FlashAttention = _no_attention
+    if gather is not None:
+        attention = GatheredAttention(_no_attention, gather)
     count = min(QUERIES, len(query))
     _, num_heads, head_size = query.shape
     block_size = 16
@@ -70,11 +77,11 @@ def compile_kernels(
     )
     totals = torch.zeros(4, dtype=torch.int64, device=query.device)
     prefill_attention(
-        _no_attention, waves, query, out, query_groups, store, cache, config, scores, prefill, totals
+        attention, waves, query, out, query_groups, store, cache, config, scores, prefill, totals
     )
     slots = torch.zeros(1, dtype=torch.int64, device=query.device)
     decode_attention(
-        _no_attention,
+        attention,
         query[:1],
         out[:1],
         slots,
