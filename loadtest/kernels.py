@@ -159,10 +159,8 @@ class Layer:
             return
         capacity = list_capacity(config, case.context)
         queries = len(self.batch.query)
-        rows, copied = (
-            max(CHUNK, BLOCK_QUERIES) * lists_per_query(config),
-            near_keys(config, max(CHUNK, BLOCK_QUERIES)),
-        )
+        rows = max(CHUNK, BLOCK_QUERIES * lists_per_query(config))
+        copied = near_keys(config, rows)
         first = case.context - queries
         self.num_dense = min(max(config.dense_below - first, 0), queries)
         keys = min(config.dense_below, case.context)

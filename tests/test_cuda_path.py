@@ -247,20 +247,21 @@ def test_scratch_buffers_are_as_large_as_documented(backend, groups, copied):
         "2/2 of 16": 0,
     }
     copies = top_k if key_k == 1 else 1
-    near = -(-(config.sink + config.window + tokens) // 32) * 32 if lists[groups] else 0
+    rows = max(tokens, 1024 * copies)
+    near = -(-(config.sink + config.window + rows) // 32) * 32 if lists[groups] else 0
     index = 0
     if lists[groups]:
         segments, padded = near // 544, {5: 8, 6: 8, 28: 32}.get(lists[groups], lists[groups])
-        tiles = length // 1024 + tokens // 128 + 2 * segments
-        sequences = (tokens // 1024 + segments) * lists[groups]
+        tiles = length // 1024 + rows // copies // 128 + 2 * segments
+        sequences = (rows // copies // 1024 + segments) * lists[groups]
         parts = (tiles * padded, sequences + 1, sequences, tokens * copies)
         index = sum(-(-part // 64) * 64 for part in parts)
-    prefill = 4 * lists[groups] * length + 4 * index + 2 * tokens * copies * heads * size * 2
+    prefill = 4 * lists[groups] * length + 4 * index + 2 * rows * heads * size * 2
     prefill += 2 * near * kv_heads * size * 2 + near * 32 * 2
     bf16 = torch.bfloat16
     assert nbytes(capacity.prefill_buffers((heads, kv_heads, size), bf16, bf16)) == prefill
-    rows = min(requests, 2**28 // (4 * length), 2**29 // copied // length if copied else requests)
-    assert nbytes(capacity.decode_buffers()) == 4 * max(rows, 1) * (length + 1)
+    most = min(requests, 2**28 // (4 * length), 2**29 // copied // length if copied else requests)
+    assert nbytes(capacity.decode_buffers()) == 4 * max(most, 1) * (length + 1)
 
 
 def nbytes(buffers: list[tuple[tuple[int, ...], torch.dtype]]) -> int:

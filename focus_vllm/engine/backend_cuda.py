@@ -121,8 +121,8 @@ class Capacity:
         scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
         tokens = scheduler.max_num_batched_tokens
         copies, num_lists = lists_per_query(config), len(signatures(config))
-        rows = max(tokens, BLOCK_QUERIES) * copies
-        near = near_keys(config, max(tokens, BLOCK_QUERIES))
+        rows = max(tokens, BLOCK_QUERIES * copies)
+        near = near_keys(config, rows)
         (decode_rows, _), _ = decode_scratch_shapes(scheduler.max_num_seqs, max_model_len, LIST_BYTES)
         gather = 0, 0
         if gather_token_bytes:
