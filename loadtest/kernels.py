@@ -111,7 +111,6 @@ class Layer:
         )  # fmt: skip
         self.scale = shape.head_size**-0.5
         self.scores = Scores(self.scale)
-        self.attention = _flash_attention(self.scores, MAX_SPLITS if case.decodes else 0)
         self.out = torch.empty_like(self.batch.query)
         self.paged = self.batch.paged
         tokens = len(self.batch.query)
@@ -135,6 +134,7 @@ class Layer:
             self.projection = torch.randn(hidden_size, width, device=DEVICE, dtype=dtype)
             self.projected = torch.empty(tokens, width, device=DEVICE, dtype=dtype)
         self.metadata = self._scheduler_metadata(shape) if case.decodes and DEVICE == "cuda" else None
+        self.attention = _flash_attention(self.scores, MAX_SPLITS if case.decodes else 0, self.metadata)
         self._plan(shape)
 
     def _scheduler_metadata(self, shape: Shape) -> torch.Tensor:
@@ -266,12 +266,14 @@ class Layer:
         return float((difference / norm) ** 0.5)
 
 
-def _flash_attention(scores: Scores, num_splits: int) -> FlashAttention:
+def _flash_attention(
+    scores: Scores, num_splits: int, scheduler_metadata: torch.Tensor | None
+) -> FlashAttention:
     if DEVICE == "cpu":
         return SlowFlashAttention(scores)
     from focus_vllm.engine.flash import FlashAttention3
 
-    return FlashAttention3(scores, num_splits)
+    return FlashAttention3(scores, num_splits, scheduler_metadata)
 
 
 def seconds(run: Callable[[], None], repeats: int, calls: int) -> float:
@@ -368,11 +370,15 @@ def profile(case: Case, shape: Shape) -> list[dict[str, Any]]:
 
 def kernel_table(recording: torch.profiler.profile, steps: int) -> list[dict[str, Any]]:
     """Return a recording's kernels, the longest first, with launches and microseconds per step."""
-    kernels = sorted(recording.key_averages(), key=lambda event: -event.device_time_total)
+    totals: dict[str, list[float]] = {}
+    for event in recording.key_averages():
+        if event.device_time_total:  # names that begin alike are added up
+            total = totals.setdefault(event.key[:80], [0.0, 0.0])
+            total[0] += event.count / steps
+            total[1] += event.device_time_total / steps
     return [
-        {"kernel": event.key[:80], "launches": event.count / steps, "us": event.device_time_total / steps}
-        for event in kernels
-        if event.device_time_total
+        {"kernel": name, "launches": launches, "us": us}
+        for name, (launches, us) in sorted(totals.items(), key=lambda item: -item[1][1])
     ]
 
 

@@ -25,6 +25,7 @@ from focus_vllm.config import FocusConfig
 from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, LayerFocus
 from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.near import Scores
 from focus_vllm.reference import focus_mask
 from loadtest.paged import PagedBatch, SlowFlashAttention
 
@@ -81,7 +82,8 @@ def metadata_of(backend: Any, batch: PagedBatch, config: FocusConfig | None, slo
         block_table=batch.block_table,
         seq_lens=torch.tensor(batch.seq_lens, dtype=torch.int32, device=DEVICE),
         slot_mapping=slots,
-        max_num_splits=0,
+        max_num_splits=32,
+        scheduler_metadata=torch.tensor(len(batch.seq_lens)),
         focus=focus,
         dense_pairs=backend._dense_pairs(common, config.dense_below, focus) if config else (0, 0),
     )
@@ -126,9 +128,21 @@ def forward(
     return out, impl.focus.counts.read()
 
 
+class Scheduled(SlowFlashAttention):
+    """Takes vLLM's schedule, here the number of its sequences, for as many sequences only."""
+
+    def __init__(self, scores: Scores, num_splits: int, schedule: torch.Tensor | None) -> None:
+        super().__init__(scores)
+        self.schedule = schedule
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert self.schedule is None or len(kwargs["seqused_k"]) == self.schedule
+        return super().__call__(*args, **kwargs)
+
+
 @pytest.fixture
 def stand_ins(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "FlashAttention3", lambda scores, _: SlowFlashAttention(scores))
+    monkeypatch.setattr(backend, "FlashAttention3", Scheduled)
     monkeypatch.setattr(backend, "FlashAttention2", lambda scores: SlowFlashAttention(scores, 16))
     monkeypatch.setattr(backend, "current_workspace_manager", Workspace)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -440,9 +440,15 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         copies = tensors[len(buffers) :]
         return tensors[: len(buffers)], GatherScratch(*copies) if copies else None
 
-    def _attention(self, scores: Scores, num_splits: int, gather: GatherScratch | None) -> FlashAttention:
+    def _attention(
+        self,
+        scores: Scores,
+        num_splits: int,
+        gather: GatherScratch | None,
+        scheduler_metadata: torch.Tensor | None = None,
+    ) -> FlashAttention:
         in_pages: FlashAttention = (
-            FlashAttention3(scores, num_splits)
+            FlashAttention3(scores, num_splits, scheduler_metadata)
             if self.vllm_flash_attn_version == 3
             else FlashAttention2(scores)
         )
@@ -484,8 +490,12 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         if batch.num_decodes:
             decodes = slice(0, batch.num_decodes)
             scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, output.dtype)
+            # A schedule is for so many sequences, and of any lengths only if the most splits are given.
+            alone = batch.dense is None and not batch.waves and batch.num_decodes <= len(scratch.list_lens)
+            given = alone and gather is None and metadata.max_num_splits > 1
+            schedule = metadata.scheduler_metadata if given else None
             decode_attention(
-                self._attention(scores, metadata.max_num_splits, gather),
+                self._attention(scores, metadata.max_num_splits, gather, schedule),
                 query[decodes],
                 output[decodes],
                 metadata.slot_mapping,

@@ -17,6 +17,10 @@ class FlashAttention3:
     scores: Scores
     num_splits: int = 0
     """Most splits of one list; 0 leaves it to FlashAttention, which a CUDA graph must not."""
+    scheduler_metadata: torch.Tensor | None = None
+    """vLLM's for this step, of as many sequences as there are lists. It says into how many splits each is
+    cut and in which order they are taken, not how long they are, so it serves lists too: they differ from
+    layer to layer, and FlashAttention's own preparation would be a launch in each."""
 
     def __call__(
         self,
@@ -67,7 +71,7 @@ class FlashAttention3:
             -1,
             scores.softcap,
             True,  # rotary_interleaved
-            None,  # scheduler_metadata: list lengths are known on the device alone
+            self.scheduler_metadata,
             self.num_splits,
             None,  # pack_gqa
             0,  # sm_margin

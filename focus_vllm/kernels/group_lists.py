@@ -51,7 +51,8 @@ class GroupLists:
 
 
 @triton.jit
-def _key_members(groups, signatures, padded_lists: tl.constexpr):
+def key_members(groups, signatures, padded_lists: tl.constexpr):
+    """Return `[num_keys, padded_lists]`: 1 where a list holds a key."""
     signature = tl.load(signatures + tl.arange(0, padded_lists))
     return ((groups.to(tl.int32)[:, None] & signature[None, :]) != 0).to(tl.int32)
 
@@ -80,7 +81,7 @@ def _key_tile(
     table = block_table + request * block_table_stride
     block = tl.load(table + position // block_size, mask=inside, other=0)
     slot = block * block_size + position % block_size
-    member = _key_members(tl.load(store + slot, mask=inside, other=0), signatures, padded_lists)
+    member = key_members(tl.load(store + slot, mask=inside, other=0), signatures, padded_lists)
     return segment, first_tile, position, slot, tl.where(inside[:, None], member, 0)
 
 

@@ -13,19 +13,23 @@ import triton
 import triton.language as tl
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.kernels.group_lists import COUNT_ROWS, GroupLists, query_members, sum_counts
+from focus_vllm.kernels.group_lists import COUNT_ROWS, GroupLists, key_members, query_members, sum_counts
 from focus_vllm.kernels.plan import FIELDS, KEY_TILE, QUERY_TILE, PrefillPlan, padded_lists, signatures
 
-KEYS = 64
+KEYS = 128
+
+
+@triton.jit
+def _groups(key, inside, table, block_size, store):
+    block = tl.load(table + key // block_size, mask=inside, other=0)
+    return tl.load(store + block * block_size + key % block_size, mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
 def _sharing(first, limit, wanted, table, block_size, store, keys: tl.constexpr):
     """Count each query's keys in [first, first + keys) before its limit that share a group with it."""
     key = first + tl.arange(0, keys)
-    inside = key < tl.max(limit, axis=0)
-    block = tl.load(table + key // block_size, mask=inside, other=0)
-    groups = tl.load(store + block * block_size + key % block_size, mask=inside, other=0).to(tl.int32)
+    groups = _groups(key, key < tl.max(limit, axis=0), table, block_size, store)
     share = ((wanted[:, None] & groups[None, :]) != 0) & (key[None, :] < limit[:, None])
     return tl.sum(share.to(tl.int32), axis=1)
 
@@ -50,11 +54,15 @@ def _tally_kernel(
     selected = tl.where(inside, tl.minimum(position, window + sink) + 1, 0)
     first = 0
     if listed:
-        # Whole tiles before every limit were counted with the lists.
-        tiles = tl.maximum(start + offset - window, 0) // key_tile
-        first = tiles * key_tile
+        # Every query of the tile may read the keys before the first one's limit: the lists' counts have those
+        # of whole tiles, one load gets the rest.
+        first = tl.maximum(start + offset - window, 0)
+        tiles = first // key_tile
         first_tile = tl.load(segment + 4)
         before = sum_counts(counts, first_tile, first_tile + tiles, padded_lists, count_rows)
+        rest = tiles * key_tile + tl.arange(0, key_tile)
+        groups = _groups(rest, rest < first, table, block_size, store)
+        before += tl.sum(key_members(groups, signatures, padded_lists), axis=0)
         member = query_members(wanted, signatures, padded_lists, one_list)
         selected += tl.sum(member * before[None, :], axis=1)
     for key in range(first, tl.max(limit, axis=0), keys):
@@ -94,5 +102,5 @@ def tally_prefill(
         plan.signatures, plan.segments if lists is None else lists.counts, totals,
         config.window, config.sink, listed=lists is not None, fields=FIELDS,
         padded_lists=padded_lists(len(signatures(config))), one_list=config.key_k > 1, key_tile=KEY_TILE,
-        query_tile=QUERY_TILE, keys=KEYS, count_rows=COUNT_ROWS, num_warps=4,
+        query_tile=QUERY_TILE, keys=KEYS, count_rows=COUNT_ROWS, num_warps=8,
     )  # fmt: skip

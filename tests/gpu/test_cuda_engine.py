@@ -52,7 +52,7 @@ def main():
         blocks = core.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0]
         size = core.scheduler.block_size
         slots = torch.tensor([block * size + offset for block in blocks for offset in range(size)])
-        slots = slots.cuda()[:request.num_computed_tokens]
+        slots = slots.cuda()[:min(request.num_computed_tokens, request.num_tokens - 1)]
         stored.append({index: layer.store[slots].cpu() for index, layer in layers.items()})
         free(request)
 
