@@ -184,7 +184,7 @@ def _result(result: dict[str, Any]) -> list[tuple[int, tuple[float, float], tupl
         return [
             (row["prompt"], (row["stock_ttft"], row["focus_ttft"]), (row["stock_tpot"], row["focus_tpot"]))
             for row in result["rows"]
-            if row["batch"] == 1
+            if row["batch"] == 1 and "ttft_ratio" in row
         ]
     stock, focus = result["medians"]["stock"], result["medians"]["focus"]
     return [

@@ -306,10 +306,11 @@ def compare(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     stock, focus = (sides.get(name, {}).get("rows", {}) for name in ("stock", "focus"))
     rows = []
     for text in [*stock, *(text for text in focus if text not in stock)]:
-        if Case.parse(text).profile:
+        case = Case.parse(text)
+        if case.profile:
             continue
         dense, ours = stock.get(text, {}), focus.get(text, {})
-        row: dict[str, Any] = {"case": text}
+        row: dict[str, Any] = {"case": text, "batch": case.batch, "prompt": case.prompt}
         for name in ("ttft", "tpot", "seconds"):
             row |= {
                 f"{side}_{name}": values[name]

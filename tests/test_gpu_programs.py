@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from loadtest import kernels
+from loadtest.advise import Measured
 from loadtest.engine import Case, compare, table
 
 ROW = {"ttft": 4.0, "tpot": 0.02}
@@ -41,9 +42,18 @@ def test_ratios_are_given_where_both_sides_were_measured():
 
 
 def test_one_side_alone_is_reported_without_ratios():
-    assert compare({"focus": {"rows": {"1x8": ROW}}}) == [
-        {"case": "1x8", "focus_ttft": 4.0, "focus_tpot": 0.02}
-    ]
+    (row,) = compare({"focus": {"rows": {"1x8": ROW}}})
+    assert row == {"case": "1x8", "batch": 1, "prompt": 8, "focus_ttft": 4.0, "focus_tpot": 0.02}
+
+
+def test_estimates_are_made_from_what_was_measured_on_both_sides(tmp_path):
+    stock = {"rows": {"1x4096": ROW, "1x8192": ROW, "1x100+8": {"seconds": 1.0}, "2x4096": ROW}}
+    focus = {"rows": {"1x4096": {"ttft": 2.0, "tpot": 0.01}, "1x100+8": {"seconds": 1.0}, "2x4096": ROW}}
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps({"rows": compare({"stock": stock, "focus": focus})}))
+    measured = Measured.read(path)
+    assert measured.lengths == (4096,)
+    assert measured.prefill == ((4.0, 2.0),)
 
 
 def test_nothing_is_reported_if_a_short_prompt_goes_on_differently():
