@@ -40,7 +40,7 @@ def main():
     register()
     focus, arguments, groups, forced = (json.loads(text) for text in sys.argv[3:7])
     llm = LLM(model=sys.argv[1], max_model_len=8192, additional_config={"focus": focus} if focus else {},
-              kv_cache_memory_bytes=2**30, seed=0, **arguments,
+              kv_cache_memory_bytes=2**30, gpu_memory_utilization=0.3, seed=0, **arguments,
               worker_extension_cls="focus_vllm.engine.worker.FocusWorkerExtension")
     core = llm.llm_engine.engine_core.engine_core
     layers = {}
