@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from loadtest import kernels
+from loadtest import engine, kernels
 from loadtest.advise import Measured
 from loadtest.engine import Case, compare, table
 
@@ -79,3 +83,68 @@ def test_a_wrong_result_is_not_reported(monkeypatch):
     monkeypatch.setattr(kernels.Layer, "errors", lambda self: (1e-3, 2e-3))
     with pytest.raises(RuntimeError, match="nothing is reported"):
         kernels.measure(kernels.smoke_cases()[-1], kernels.Shape(4, 2, 64), 1)
+
+
+class FakeEngine:
+    """vLLM's offline engine without a model: token n of a prompt's continuation is n."""
+
+    def __init__(self) -> None:
+        cache = SimpleNamespace(num_gpu_blocks=10, block_size=16)
+        scheduler = SimpleNamespace(max_num_batched_tokens=64)
+        config = SimpleNamespace(cache_config=cache, scheduler_config=scheduler)
+        self.llm_engine = SimpleNamespace(vllm_config=config)
+        self.prompts: list[int] = []
+
+    def generate(self, inputs: list[Any], params: Any, use_tqdm: bool) -> list[Any]:
+        self.prompts += [len(prompt["prompt_token_ids"]) for prompt in inputs]
+        completion = SimpleNamespace(token_ids=list(range(params.max_tokens)))
+        return [SimpleNamespace(outputs=[completion]) for _ in inputs]
+
+    def collective_rpc(self, method: str) -> list[str]:
+        return [method]
+
+    def reset_prefix_cache(self) -> None:
+        self.prompts.append(0)
+
+
+@pytest.fixture
+def fake_engines(monkeypatch) -> list[FakeEngine]:
+    started = []
+
+    def start(self: engine.Measured, side: engine.Side) -> None:
+        self.side, self.llm = side, FakeEngine()
+        started.append(self.llm)
+
+    def in_this_process(side: engine.Side, directory: Path) -> None:
+        engine.serve(engine.Side(**json.loads(json.dumps(dataclasses.asdict(side)))))
+
+    monkeypatch.setattr(engine.Measured, "__init__", start)
+    monkeypatch.setattr(engine, "_in_its_own_process", in_this_process)
+    return started
+
+
+def test_each_side_is_started_once_and_every_case_is_written(tmp_path, monkeypatch, fake_engines, capsys):
+    output = tmp_path / "engine.json"
+    command = ["engine", "--shape", "tiny", "--output", str(output), "--cases", "1x300", "2x100+8"]
+    monkeypatch.setattr(sys, "argv", command)
+    engine.main()
+    assert len(fake_engines) == 2
+    assert fake_engines[0].prompts == [190, 364, 0, 300, 300, 300, 0, 100, 100]
+    written = json.loads(output.read_text())
+    assert [row["case"] for row in written["rows"]] == ["1x300", "2x100+8"]
+    assert {"ttft_ratio", "tpot_ratio"} <= set(written["rows"][0])
+    assert written["rows"][1]["seconds_ratio"] > 0
+    assert written["sides"]["focus"]["kv_tokens"] == 160
+    assert "2x100+8" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", [*command, "3x50"])
+    engine.main()
+    assert fake_engines[2].prompts == [364, 0, 50, 50, 50, 50, 50, 50, 50, 50, 50]
+    assert [row["case"] for row in json.loads(output.read_text())["rows"]] == ["1x300", "2x100+8", "3x50"]
+
+
+def test_no_case_is_started_when_the_time_is_over(tmp_path, monkeypatch, fake_engines):
+    output = tmp_path / "engine.json"
+    monkeypatch.setattr(sys, "argv", ["engine", "--shape", "tiny", "--output", str(output), "--limit", "0"])
+    engine.main()
+    assert json.loads(output.read_text())["rows"] == []
