@@ -15,6 +15,7 @@ import torch
 from test_kernels import (
     DEVICE,
     GROUPS,
+    SHAPES,
     assert_matches_definition,
     batch_of,
     out_dtype_of,
@@ -100,7 +101,13 @@ def layer_of(backend: Any, batch: PagedBatch, slots: torch.Tensor, **changes: An
     key_groups = batch.store[slots]
     batch.store[slots] = 0
     impl.focus = LayerFocus(
-        batch.config, torch.empty(0), torch.empty(0), key_groups, batch.query_groups, counts, batch.store
+        config=batch.config,
+        weight=torch.empty(0),
+        bias=torch.empty(0),
+        key_groups=key_groups,
+        query_groups=batch.query_groups,
+        counts=counts,
+        store=batch.store,
     )
     for name, value in changes.items():
         setattr(impl, name, value)
@@ -211,7 +218,7 @@ def test_what_flash_attention_cannot_do_is_refused(backend, monkeypatch, changes
         impl._check_flash_attention()
 
 
-@pytest.mark.parametrize("shape", ["gqa", "mqa"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("stand_ins")
 def test_fp8_cache_with_descales_follows_the_definition(backend, shape):
     lengths = {"seq_lens": [300, 190], "query_lens": [1, 150]}
