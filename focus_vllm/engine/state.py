@@ -49,7 +49,6 @@ def _peek(tensor: torch.Tensor) -> list[int]:
         return tensor.tolist()
 
 
-
 @dataclasses.dataclass(slots=True)
 class LayerFocus:
     """One routed layer; the attention implementation of that layer holds it as `impl.focus`."""
