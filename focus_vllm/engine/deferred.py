@@ -21,8 +21,10 @@ class DeferredRouting:
     def __init__(self, layers: list[LayerFocus], dtype: torch.dtype) -> None:
         """Serve `layers`, which share a KV cache group; hidden states are of `dtype`."""
         self._layers = layers
-        self._weights = torch.stack([layer.weight for layer in layers])
-        self._biases = torch.stack([layer.bias for layer in layers])[:, None]
+        num_groups = layers[0].config.num_groups
+        # Where keys and queries have centroids of their own, those of keys come first.
+        self._weights = torch.stack([layer.weight.flatten(0, -2)[:num_groups] for layer in layers])
+        self._biases = torch.stack([layer.bias.flatten()[:num_groups] for layer in layers])[:, None]
         self._hidden = torch.empty(len(layers), CAPACITY, self._weights.shape[-1], dtype=dtype)
         self._slots: list[int] = []
         self._targets: list[torch.Tensor | None] = [None] * len(layers)
