@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from focus_vllm.adapter import load_adapter
+from focus_vllm.adapter import BaseModel, load_adapter
 from focus_vllm.cli import main
+from focus_vllm.training.train import weights_sha256
 
 DEMO = Path(__file__).parent.parent / "focus_vllm" / "demo"
 
@@ -145,6 +146,84 @@ def test_evaluate_compares_dense_focus_and_local(workplace, adapter, capsys):
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 6
     assert table[1].split()[:3] == ["dense", "100.0%", "128"]
+
+
+def test_evaluate_measures_baselines_lengths_and_tasks_and_draws_them(workplace, adapter, capsys, tmp_path):
+    words = evaluate_words(workplace, adapter, "--seq-len", "256", "--sequences", "2", "--dense-below", "0")
+    words += [
+        "--baselines",
+        "random",
+        "oracle",
+        "--lengths",
+        "64",
+        "256",
+        "--tasks",
+        "passkey",
+        "--probes",
+        "2",
+    ]
+    assert main([*words, "--json", "--plot", str(tmp_path / "quality.png")]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"].split()[0] for row in rows] == ["dense", "focus", "random", "oracle,"]
+    assert rows[1]["far_pairs"] == pytest.approx(rows[3]["far_pairs"], abs=0.001)
+    for row in rows:
+        assert row["perplexity_by_length"]["256"] == pytest.approx(row["perplexity"])
+        assert row["probes"]["passkey"]["nll"] > 0
+    assert 0 < rows[1]["mass"] < 1
+    assert 0.25 <= rows[1]["balance"] <= 1
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert main(words) == 0
+    table = capsys.readouterr().out
+    assert "perplexity of the first" in table
+    assert "NLL (right tokens)" in table
+
+
+def test_tune_writes_the_adapter_that_it_shows(workplace, adapter, capsys, tmp_path):
+    out = tmp_path / "tuned.safetensors"
+    words = evaluate_words(workplace, adapter, "--seq-len", "256", "--sequences", "1", "--out", str(out))
+    words += ["--keys", "100", "--windows", "4", "32", "--top-k", "1", "2", "--copy-spans", "1"]
+    assert main(["tune", *words[1:], "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    best = facts["choices"][0]
+    assert best["keys_per_query"] <= 100
+    assert facts["config"] == load_adapter(out).config.to_dict()
+    assert (facts["config"]["window"], facts["config"]["top_k"]) == (best["window"], best["top_k"])
+    assert main(["tune", *words[1:]]) == 0
+    assert "when one layer alone is routed" in capsys.readouterr().out
+    assert main(["tune", *words[1:], "--keys", "3"]) == 2
+    assert "reads 3 keys per query or fewer" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_the_groups_hold(workplace, adapter, capsys, tmp_path):
+    more = ["--model", str(workplace / "tiny-llama"), "--data", str(workplace / "text.txt")]
+    words = ["inspect", str(adapter), "--tokens", *more, "--seq-len", "128", "--sequences", "2"]
+    assert main([*words, "--json", "--plot", str(tmp_path / "groups.png")]) == 0
+    groups = json.loads(capsys.readouterr().out)
+    assert [group["group"] for group in groups] == [0, 1, 2, 3]
+    assert sum(group["share"] for group in groups) == pytest.approx(1.0)
+    assert (tmp_path / "groups.png").read_bytes().startswith(b"\x89PNG")
+    assert main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert main(["inspect", str(adapter), "--tokens"]) == 2
+    assert "--tokens needs --model and --data" in capsys.readouterr().err
+
+
+def test_finetune_writes_a_model_and_its_adapter(workplace, tmp_path):
+    words = train_words(workplace, tmp_path / "focus.safetensors", "--base-name", "tiny", "--from-scratch")
+    words += ["--centroid-steps", "2", "--out-model", str(tmp_path / "model")]
+    assert main(["finetune", *words[1:]]) == 0
+    made = load_adapter(tmp_path / "focus.safetensors")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert made.training["weights_sha256"] == weights_sha256(model)
+    assert made.base_model.mismatches(BaseModel.from_config("tiny", model.config)) == []
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").vocab_size == 16384
+
+
+def test_harness_without_lm_eval_says_what_to_install(workplace, adapter, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
+    words = ["--model", str(workplace / "tiny-llama"), "--adapter", str(adapter), "--tasks", "piqa"]
+    assert main(["harness", *words]) == 2
+    assert "pip install 'focus-vllm[harness]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

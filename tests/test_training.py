@@ -2,6 +2,10 @@
 
 import dataclasses
 import lzma
+import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,25 +14,42 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import focus_vllm.training.gates as gating
 import focus_vllm.training.hf as hf
 import focus_vllm.training.train as trainer
 from focus_vllm.adapter import BaseModel, load_adapter, save_adapter
 from focus_vllm.config import FocusConfig
 from focus_vllm.reference import focus_attention, focus_mask
-from focus_vllm.routing import Router, route
+from focus_vllm.routing import Router, route, top_groups
 from focus_vllm.training.checkpoint import Checkpoints
-from focus_vllm.training.data import copy_spans, read_documents, sample_batch, shuffled_tokens
+from focus_vllm.training.data import copy_spans, plant_pairs, read_documents, sample_batch, shuffled_tokens
 from focus_vllm.training.evaluate import (
-    evaluate_dense,
-    evaluate_focus,
-    evaluate_local,
+    dense,
+    evaluate,
+    focus,
     held_out_sequences,
+    local,
+    oracle,
+    random_groups,
     window_for,
 )
-from focus_vllm.training.hf import attach, prompt_logprobs, routable_layers
-from focus_vllm.training.loggate import LogGate
+from focus_vllm.training.finetune import finetune
+from focus_vllm.training.gates import LogGate, MassGate, PaperGate, causal_attention, soft_top_k
+from focus_vllm.training.hf import (
+    attach,
+    attach_layers,
+    count_pairs,
+    prompt_logprobs,
+    routable_layers,
+    score_tokens,
+)
+from focus_vllm.training.probes import TASKS, Probe, make_probes, score_probes
+from focus_vllm.training.processes import processes  # noqa: F401 - a script of these tests uses it
 from focus_vllm.training.settings import TrainSettings
+from focus_vllm.training.tokens import describe_groups
 from focus_vllm.training.train import train, weights_sha256
+from focus_vllm.training.tune import tune
+from focus_vllm.training.yardsticks import OracleMask
 
 DEMO = Path(__file__).parent.parent / "focus_vllm" / "demo"
 VOCABULARY = 96
@@ -273,7 +294,7 @@ def test_gate_leaves_near_pairs_and_sinks_alone_and_is_causal():
     centroids = 0.01 * torch.randn(8, 16, generator=generator)
     gate = LogGate(FocusConfig(window=2, sink=1), torch.randn(32, 16, generator=generator), centroids)
     gate.observe(torch.randn(1, 12, 32, generator=generator))
-    bias = gate._bias()[0]
+    bias = gate.bias(*gate.memberships(), 0)[0]
     i, j = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
     assert (bias[j > i] == float("-inf")).all()
     assert (bias[(j <= i) & ((i - j <= 2) | (j == 0))] == 0).all()
@@ -296,6 +317,81 @@ def test_gate_that_is_all_near_is_causal_attention_with_and_without_softcap(soft
         torch.testing.assert_close(
             output, scaled_dot_product_attention(query, *repeated, is_causal=True, scale=0.3)
         )
+
+
+def small_gate(kind, length=21, num_groups=4, **given):
+    """A gate that has seen random hidden states, and queries, keys and values for it."""
+    generator = torch.Generator().manual_seed(0)
+    config = FocusConfig(num_groups=num_groups, group_dim=8, window=3, sink=2)
+    projection, centroids = (
+        torch.randn(*shape, generator=generator).requires_grad_() for shape in ((16, 8), (num_groups, 8))
+    )
+    gate = kind(config, projection, centroids, **given)
+    gate.observe(0.02 * torch.randn(2, length, 16, generator=generator))
+    return gate, [torch.randn(2, 2, length, 8, generator=generator) for _ in range(3)]
+
+
+def pairs_of(length):
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+    return (j <= i) & ((i - j <= 3) | (j < 2)), j > i
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("kind", [LogGate, PaperGate])
+def test_gates_are_their_formula_over_all_pairs_at_once(kind, top_k, softcap, monkeypatch):
+    monkeypatch.setattr(gating, "CPU_QUERIES", 4)
+    gate, (query, key, value) = small_gate(kind, top_k=top_k)
+    output = gate.attend(query, key, value, 0.3, softcap)
+    queries, keys = gate.memberships()
+    shared = torch.einsum("bic,bjc->bij", queries, keys)
+    near, future = pairs_of(21)
+    scores = 0.3 * torch.einsum("bhid,bhjd->bhij", query, key)
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    if kind is LogGate:
+        scores = scores + torch.where(near, 0.0, shared.clamp(1e-6, 1).log())[:, None]
+    else:
+        scores = scores * torch.where(near, 1.0, torch.sigmoid(10 * shared))[:, None]
+    expected = scores.masked_fill(future, float("-inf")).softmax(-1) @ value
+    torch.testing.assert_close(output, expected)
+    wanted = torch.autograd.grad(
+        expected.square().sum(), [gate.projection, gate.centroids], retain_graph=True
+    )
+    found = torch.autograd.grad(output.square().sum(), [gate.projection, gate.centroids])
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_mass_objective_is_the_log_of_the_attention_that_the_gate_keeps():
+    gate, (query, key, value) = small_gate(MassGate, top_k=2)
+    output = gate.attend(query, key, value, 0.3, 0.0)
+    near, future = pairs_of(21)
+    scores = (0.3 * query @ key.transpose(-1, -2)).masked_fill(future, float("-inf"))
+    torch.testing.assert_close(output, scores.softmax(-1) @ value)
+    queries, keys = gate.memberships()
+    kept = torch.where(near, 1.0, (queries @ keys.transpose(1, 2)).clamp(max=1.0))[:, None]
+    mass = (scores.softmax(-1) * kept).sum(-1)[:, :, 4:]
+    torch.testing.assert_close(gate.loss, -mass.log().mean())
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_soft_choice_of_groups_adds_up_and_ends_as_the_hard_one(k):
+    scores = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        soft_top_k(scores, k).sum(-1), torch.full((50,), float(k), dtype=torch.float64)
+    )
+    bits = (soft_top_k(1000 * scores, k) > 0.5).long() @ (1 << torch.arange(8))
+    assert (bits == top_groups(scores, k).long()).float().mean() > 0.95
+    assert torch.autograd.gradcheck(lambda given: soft_top_k(given, k), scores[:3].requires_grad_())
+
+
+def test_gates_hold_no_square_of_the_length():
+    gate, parts = small_gate(LogGate, length=640)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (sizes.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+    ):
+        gate.attend(*parts, 0.3, 0.0)
+    assert max(sizes) < 640 * 640
 
 
 # Data
@@ -361,6 +457,20 @@ def test_copied_spans_that_cannot_fit_are_refused():
         copy_spans(torch.zeros(1, 200), 1, 100, torch.Generator())
 
 
+def test_planted_pairs_come_back_far_behind():
+    generator = torch.Generator().manual_seed(0)
+    batch = plant_pairs(torch.arange(400).repeat(20, 1), 1, 100, generator)
+    for row in batch:
+        runs = row.unfold(0, 12, 1)
+        i, j = (runs[:, None] == runs[None]).all(dim=-1).nonzero(as_tuple=True)
+        assert (j - i)[i < j].tolist() == [
+            distance for distance in (j - i)[i < j].tolist() if distance >= 112
+        ]
+        assert (i < j).sum() == 1
+    with pytest.raises(ValueError, match="need sequences of at least 124 tokens, got 120"):
+        plant_pairs(torch.zeros(1, 120), 1, 100, generator)
+
+
 # Training
 
 
@@ -406,6 +516,174 @@ def test_trained_adapter_is_complete_and_serves_the_configuration(tmp_path):
     assert loaded.training["data"] == "text.txt"
     assert loaded.training["steps"] == 12
     assert set(loaded.training["balance"]) == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("objective", ["log-gate", "paper", "mass"])
+def test_every_objective_moves_the_centroids_of_every_family(family, objective):
+    model = tiny_model(family)
+    config = dataclasses.replace(CONFIG, dense_layers=())
+    once = dataclasses.replace(SETTINGS, objective=objective, steps=1, calibration_tokens=48)
+    adapters = [run(model, dataclasses.replace(once, steps=steps), config) for steps in (1, 2)]
+    for first, second in zip(tensors_of(adapters[0]), tensors_of(adapters[1]), strict=True):
+        assert not torch.equal(first, second)
+        assert second.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target": "dense"},
+        {"init": "kmeans"},
+        {"train_top_k": 2},
+        {"precision": "bfloat16"},
+        {"objective": "mass"},
+        {"objective": "paper"},
+        {"objective": "paper", "target": "dense", "init": "kmeans", "train_top_k": 2, "accumulate": 2},
+    ],
+    ids=str,
+)
+def test_what_is_optimised_falls(changes):
+    settings = dataclasses.replace(SETTINGS, steps=40, schedule="constant", **changes)
+    losses, gradients = [], trainer._gradients
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_gradients", lambda *given: (losses.append(gradients(*given)), losses[-1])[1])
+        run(tiny_model(), settings, tokens=random_tokens(settings.seq_len + 1))
+    assert sum(losses[-3:]) < 0.99 * sum(losses[:3]), losses
+
+
+def test_dense_target_costs_nothing_when_everything_is_near():
+    model = tiny_model()
+    settings = dataclasses.replace(SETTINGS, target="dense", train_window=48)
+    gates = trainer.new_gates(model, CONFIG, settings)
+    with attach_layers(model, gates):
+        assert trainer._loss(model, random_tokens(2, 49), gates, settings).item() == pytest.approx(
+            0, abs=1e-6
+        )
+
+
+def test_final_sharpness_is_part_of_the_adapter():
+    plain, sharp = (
+        run(tiny_model(), dataclasses.replace(SETTINGS, steps=1, sharpen=factor)) for factor in (1.0, 5.0)
+    )
+    for index in plain.layers:
+        torch.testing.assert_close(sharp.layers[index].centroids, 5 * plain.layers[index].centroids)
+
+
+def test_groups_collapse_without_sinkhorn_and_hold_with_it():
+    shares = {}
+    for assignment in ("sinkhorn", "softmax"):
+        settings = dataclasses.replace(SETTINGS, steps=40, assignment=assignment)
+        record = run(tiny_model(), settings).training
+        shares[assignment] = max(record["dominance"].values())
+    assert shares["sinkhorn"] < 0.45
+    assert shares["softmax"] > shares["sinkhorn"] + 0.1
+
+
+def test_accumulated_passes_are_the_processes_of_several_gpus(tmp_path):
+    """Two processes that average gradients give the adapter of one that accumulates two passes."""
+    tests = Path(__file__).parent
+    script = (
+        "import dataclasses, sys, test_training as t\n"
+        "settings = dataclasses.replace(t.SETTINGS, steps=3, accumulate=int(sys.argv[2]))\n"
+        "adapter = t.run(t.tiny_model(), settings)\n"
+        "assert adapter.training['processes'] == int(sys.argv[3])\n"
+        "if t.processes().is_main_process:\n"
+        "    t.save_adapter(adapter, sys.argv[1])\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    paths = [os.environ.get("PYTHONPATH"), str(tests.parent), str(tests)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, *launch, str(tmp_path / "run.py"), str(tmp_path / "two.safetensors"), "1", "2"]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    one = run(tiny_model(), dataclasses.replace(SETTINGS, steps=3, accumulate=2))
+    for ours, theirs in zip(
+        tensors_of(one), tensors_of(load_adapter(tmp_path / "two.safetensors")), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_minutes_end_the_training_and_the_learning_rate_with_it(monkeypatch):
+    rates, rate = [], trainer._learning_rate
+    monkeypatch.setattr(trainer, "_learning_rate", lambda *given: (rates.append(rate(*given)), rates[-1])[1])
+    settings = dataclasses.replace(SETTINGS, steps=100_000, minutes=0.02)
+    adapter = run(tiny_model(), settings)
+    assert adapter.training["steps"] == len(rates) < 1000
+    assert adapter.training["seconds"] < 10
+    assert rates[-1] < 0.2 * rates[0]
+
+
+def test_log_dir_gets_loss_rate_and_balance(monkeypatch, tmp_path):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *stop):
+            written.append("closed")
+
+        def add_scalar(self, name, value, step):
+            written.append((self.folder, name, step, value))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    run(tiny_model(), log_dir=tmp_path)
+    assert {entry[1] for entry in written[:-1]} == {"loss", "lr", *(f"largest_group/{i}" for i in (1, 2, 3))}
+    assert written[-1] == "closed"
+    assert {entry[:3] for entry in written[:-1]} >= {(str(tmp_path), "loss", step) for step in range(1, 13)}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="needs TensorBoard"):
+        run(tiny_model(), log_dir=tmp_path)
+
+
+# Training the weights, too
+
+
+def test_first_phase_leaves_the_weights_and_the_second_moves_them():
+    model = tiny_model()
+    seen, whole = [], trainer.optimise
+
+    def watched(model, *given, **more):
+        seen.append(weights_sha256(model))
+        return whole(model, *given, **more)
+
+    settings = dataclasses.replace(SETTINGS, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("focus_vllm.training.finetune.optimise", watched)
+        adapter = finetune(
+            model,
+            random_tokens(500),
+            CONFIG,
+            settings,
+            base_of(model),
+            1e-3,
+            centroid_steps=3,
+            progress=False,
+        )
+    assert len(seen) == 2
+    assert seen[0] == seen[1] != weights_sha256(model) == adapter.training["weights_sha256"]
+    assert sorted(adapter.layers) == [1, 2, 3]
+    assert max(adapter.training["dominance"].values()) < 0.5
+
+
+def test_finetuning_lowers_the_loss():
+    model, tokens = tiny_model(), random_tokens(300)
+    before = evaluate(model, dense(), tokens[None]).perplexity
+    settings = dataclasses.replace(SETTINGS, steps=30)
+    finetune(model, tokens, CONFIG, settings, base_of(model), 3e-3, progress=False)
+    assert evaluate(model, dense(), tokens[None]).perplexity < 0.9 * before
+
+
+def test_weights_cannot_follow_the_dense_model():
+    for changes in ({"objective": "mass"}, {"target": "dense"}):
+        settings, model = dataclasses.replace(SETTINGS, **changes), tiny_model()
+        with pytest.raises(ValueError, match="cannot train the weights"):
+            finetune(model, random_tokens(500), CONFIG, settings, base_of(model), 1e-3, progress=False)
 
 
 def test_sliding_window_layers_get_no_router():
@@ -482,10 +760,10 @@ def test_model_is_unchanged_by_training():
 def test_changed_weights_are_noticed(monkeypatch):
     model, loss = tiny_model(), trainer._loss
 
-    def careless(model, batch):
+    def careless(model, *given):
         with torch.no_grad():
             model.lm_head.weight[0, 0] += 1
-        return loss(model, batch)
+        return loss(model, *given)
 
     monkeypatch.setattr(trainer, "_loss", careless)
     with pytest.raises(RuntimeError, match="weights changed in training"):
@@ -526,7 +804,8 @@ def test_calibrated_potentials_balance_the_groups():
         ({"steps": 0}, "steps (0) must be >= 1"),
         ({"lr": 0.0}, "lr (0.0) must be > 0"),
         ({"train_window": -1}, "train_window (-1) must be >= 0"),
-        ({"objective": "mass"}, "objective ('mass') must be one of ['log-gate']"),
+        ({"objective": "hard"}, "objective ('hard') must be one of ['log-gate', 'mass', 'paper']"),
+        ({"sharpen": 0.5}, "sharpen (0.5) must be >= 1"),
         ({"schedule": "linear"}, "schedule ('linear') must be one of ['cosine', 'constant']"),
     ],
 )
@@ -553,21 +832,36 @@ def test_dense_layers_that_make_no_sense_are_refused(layers, reason):
 # Evaluation
 
 
+def focus_way(model, config, routers):
+    return focus("focus", model, config, routers)
+
+
 def test_evaluation_with_every_group_is_the_dense_model():
     model, sequences = tiny_model(), random_tokens(2, 200)
-    dense = evaluate_dense(model, sequences)
-    focus = evaluate_focus(
-        "all", model, dataclasses.replace(CONFIG, top_k=4), random_routers(range(1, 4), 4), sequences
+    everything = dataclasses.replace(CONFIG, top_k=4)
+    whole = evaluate(model, dense(), sequences, lengths=[50, 200])
+    routed = evaluate(
+        model, focus_way(model, everything, random_routers(range(1, 4), 4)), sequences, lengths=[50, 200]
     )
-    assert focus.perplexity == pytest.approx(dense.perplexity, rel=1e-4)
-    assert focus.recall == pytest.approx(dense.recall, rel=1e-4)
-    assert (focus.far_pairs, focus.keys_per_query) == (1.0, dense.keys_per_query)
+    assert routed.perplexity == pytest.approx(whole.perplexity, rel=1e-4)
+    assert routed.recall == pytest.approx(whole.recall, rel=1e-4)
+    assert routed.perplexity_by_length == pytest.approx(whole.perplexity_by_length, rel=1e-4)
+    assert (routed.far_pairs, routed.keys_per_query) == (1.0, whole.keys_per_query)
+    assert routed.mass == pytest.approx(1.0)
 
 
-def test_evaluation_counts_the_pairs_of_the_mask(monkeypatch):
-    monkeypatch.setattr("focus_vllm.training.evaluate.QUERY_CHUNK", 32)
+def test_perplexity_by_length_is_that_of_shorter_texts():
+    model, sequences = tiny_model(), random_tokens(2, 290)
+    way = focus_way(model, CONFIG, random_routers(range(1, 4), 4))
+    quality = evaluate(model, way, sequences, lengths=[140, 290])
+    assert quality.perplexity_by_length[290] == pytest.approx(quality.perplexity)
+    short = evaluate(model, way, sequences[:, :140])
+    assert quality.perplexity_by_length[140] == pytest.approx(short.perplexity, rel=1e-4)
+
+
+def test_evaluation_counts_the_pairs_of_the_mask():
     model, sequences, routers = tiny_model(), random_tokens(1, 200), random_routers(range(1, 4), 4)
-    quality = evaluate_focus("focus", model, CONFIG, routers, sequences)
+    quality = evaluate(model, focus_way(model, CONFIG, routers), sequences)
     with attach(model, CONFIG, routers) as layers:
         logits(model, sequences)
     masks = [focus_mask(layer.query_groups[0], layer.key_groups[0], CONFIG) for layer in layers.values()]
@@ -576,6 +870,60 @@ def test_evaluation_counts_the_pairs_of_the_mask(monkeypatch):
     total = sum(mask.sum().item() for mask in masks)
     assert quality.keys_per_query == pytest.approx(total / 3 / 200)
     assert quality.far_pairs == pytest.approx((total / 3 - always) / (200 * 201 / 2 - always))
+    largest = max(layer.key_groups.unique(return_counts=True)[1].max().item() for layer in layers.values())
+    assert quality.balance == largest / 200
+
+
+@pytest.mark.parametrize(("key_k", "top_k"), [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("window", "sink", "dense_below"), [(5, 0, 0), (20, 4, 0), (7, 2, 50), (3, 40, 0), (199, 4, 0)]
+)
+def test_pairs_are_counted_as_the_mask_has_them(key_k, top_k, window, sink, dense_below):
+    config = FocusConfig(window=window, sink=sink, dense_below=dense_below, key_k=key_k, top_k=top_k)
+    scores = torch.rand(2, 113, 8, generator=torch.Generator().manual_seed(0))
+    keys, queries = top_groups(scores, key_k), top_groups(scores, top_k)
+    kept, far, always = count_pairs(queries, keys, config)
+    total = sum(int(focus_mask(q, k, config).sum()) for q, k in zip(queries, keys, strict=True))
+    nobody = torch.zeros(113, dtype=torch.int64)
+    near = 2 * int(focus_mask(nobody, nobody, config).sum())
+    assert (kept, far, always) == (total - near, 113 * 114 - near, near)
+
+
+def test_mass_is_the_share_of_dense_attention_that_the_mask_keeps(monkeypatch):
+    monkeypatch.setattr("focus_vllm.training.yardsticks.SAMPLED_QUERIES", 1000)
+    model, tokens = tiny_model("llama, eager"), random_tokens(1, 150)
+    config = FocusConfig(num_groups=4, window=3, sink=1, dense_below=0)
+    # Groups of the first layer do not depend on what attention does, so both sides route alike.
+    routers = random_routers([0], 4)
+    quality = evaluate(model, focus_way(model, config, routers), tokens)
+    with torch.no_grad():
+        weights = model(input_ids=tokens, use_cache=False, output_attentions=True).attentions[0]
+    with attach(model, config, routers) as attached:
+        logits(model, tokens)
+        mask = focus_mask(attached[0].query_groups[0], attached[0].key_groups[0], config)
+    assert quality.mass == pytest.approx((weights * mask)[0, :, 5:].sum(dim=-1).mean().item(), abs=1e-5)
+
+
+def test_oracle_keeps_more_attention_than_random_groups_and_as_many_pairs():
+    model, tokens = tiny_model(), random_tokens(1, 150)
+    query, key, value = (torch.randn(1, 4, 150, 8) for _ in range(3))
+    mask = OracleMask(CONFIG, 0.25)
+    mask.observe(torch.zeros(1, 150, 32))
+    kept, far, _ = mask.pairs()
+    assert kept == pytest.approx(0.25 * far, abs=1)
+    exact = causal_attention(query, key, value, 1.0, 0.0)
+    drawn = random_groups(model, CONFIG).handlers[1]
+    drawn.observe(torch.zeros(1, 150, 32))
+    errors = [(part.attend(query, key, value, 1.0, 0.0) - exact).abs().mean() for part in (mask, drawn)]
+    assert errors[0] < 0.7 * errors[1]
+    assert evaluate(model, oracle(model, CONFIG, 1.0), tokens).perplexity == pytest.approx(
+        evaluate(model, dense(), tokens).perplexity, rel=1e-4
+    )
+
+
+def test_random_groups_keep_the_expected_share_of_far_pairs():
+    quality = evaluate(tiny_model(), random_groups(tiny_model(), CONFIG), random_tokens(1, 200))
+    assert quality.far_pairs == pytest.approx(0.25, abs=0.03)
 
 
 @pytest.mark.parametrize(("window", "sink", "dense_below"), [(5, 0, 0), (20, 4, 0), (7, 2, 50), (199, 4, 0)])
@@ -589,7 +937,8 @@ def test_local_window_reads_as_many_keys_as_asked(window, sink, dense_below):
 
 
 def test_local_baseline_reads_no_far_pair():
-    quality = evaluate_local(tiny_model(), CONFIG, 20.0, random_tokens(1, 200))
+    model = tiny_model()
+    quality = evaluate(model, local(model, CONFIG, 20.0, 200), random_tokens(1, 200))
     assert quality.far_pairs == 0.0
     assert quality.keys_per_query == pytest.approx(20.0, abs=1.0)
 
@@ -602,6 +951,101 @@ def test_held_out_sequences_come_from_the_starts_of_documents(tokenizer):
     assert tokenizer.decode(sequences[2]).startswith("one two")
     with pytest.raises(ValueError, match=r"no document has seq_len \(5000\) tokens"):
         held_out_sequences(documents, tokenizer, 5000, 1)
+
+
+# Probes, tuning, tokens
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_probes_are_as_long_as_asked_and_end_in_their_answer(task, tokenizer):
+    probes = make_probes(task, tokenizer, 400, 3)
+    assert make_probes(task, tokenizer, 400, 3)[2].token_ids.tolist() == probes[2].token_ids.tolist()
+    assert len({tuple(probe.token_ids.tolist()) for probe in probes}) == 3
+    for probe in probes:
+        assert 370 <= len(probe.token_ids) <= 400
+        text, answer = (
+            tokenizer.decode(part)
+            for part in probe.token_ids.split_with_sizes([len(probe.token_ids) - probe.answer, probe.answer])
+        )
+        assert text.endswith((" is", " is:", " are:"))
+        assert all(word in text for word in answer.replace(",", "").split())
+
+
+def test_probes_that_cannot_be_made_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="task 'riddle' must be one of"):
+        make_probes("riddle", tokenizer, 400, 1)
+    with pytest.raises(ValueError, match=r"num_tokens \(20\) is too few"):
+        make_probes("passkey", tokenizer, 20, 1)
+
+
+def test_probes_are_scored_by_their_answers_alone():
+    model, tokens = tiny_model(), random_tokens(2, 40)
+    choice = logits(model, tokens[:1, :39])[0, -1].argmax()
+    right = torch.cat([tokens[0, :39], choice[None]])
+    score = score_probes(model, [Probe(right, 1), Probe(tokens[1], 3)])
+    expected = [prompt_logprobs(model, right)[-1:], prompt_logprobs(model, tokens[1])[-3:]]
+    assert score.nll == pytest.approx(-torch.cat(expected).mean().item())
+    hits = score_tokens(model, tokens[1], 3)[1].sum().item()
+    assert score.accuracy == pytest.approx((1 + hits) / 4)
+
+
+def tuned(keys, **given):
+    model = tiny_model()
+    adapter = run(model, config=dataclasses.replace(CONFIG, dense_layers=()))
+    sequences = random_tokens(2, 130)
+    found = tune(model, adapter, sequences, keys, **{"windows": [2, 20], "top_ks": [1, 2], **given})
+    return model, sequences, found
+
+
+@pytest.mark.parametrize("keys", [35.0, 50.0, 60.0])
+def test_tuning_stays_within_the_keys_and_takes_the_least_loss(keys):
+    model, sequences, found = tuned(keys)
+    best = found.choices[0]
+    assert best.measured == min(choice.measured for choice in found.choices if choice.measured is not None)
+    config, layers = found.adapter.config, found.adapter.layers
+    assert (config.window, config.top_k, config.dense_layers) == (best.window, best.top_k, best.dense_layers)
+    assert sorted(layers) == [index for index in range(4) if index not in best.dense_layers]
+    served = dataclasses.replace(config, dense_below=0)
+    quality = evaluate(model, focus_way(model, served, layers), sequences)
+    keys_read = (quality.keys_per_query * len(layers) + 65.5 * len(best.dense_layers)) / 4
+    assert keys_read <= keys + 1.0
+    # The layers that stay dense are those whose routing costs most.
+    losses = found.layer_losses[best.window, best.top_k]
+    assert all(losses[dense] >= losses[routed] for dense in best.dense_layers for routed in layers)
+
+
+def test_more_keys_leave_no_more_loss():
+    losses = [tuned(keys)[2].choices[0].measured for keys in (35.0, 50.0, 60.0)]
+    assert losses[0] >= losses[1] >= losses[2] > 0
+
+
+def test_tuning_for_fewer_keys_than_any_choice_reads_is_refused():
+    with pytest.raises(ValueError, match="reads 4 keys per query or fewer at 130 tokens"):
+        tuned(4.0)
+
+
+def test_groups_are_described_by_the_tokens_they_hold(tokenizer):
+    model, sequences, routers = tiny_model(), random_tokens(2, 150), random_routers([1, 3], 4)
+    groups = describe_groups(model, tokenizer, CONFIG, routers, sequences, top=3)
+    assert [(group.layer, group.group) for group in groups] == [(1, g) for g in range(4)] + [
+        (3, g) for g in range(4)
+    ]
+    keys = []
+    for row in sequences:
+        with attach(model, CONFIG, routers) as attached:
+            logits(model, row[None])
+        keys.append(attached[3].key_groups[0])
+    inside = (torch.cat(keys) >> 2 & 1).bool()
+    tokens = sequences.flatten()
+    group = groups[6]
+    assert group.share == pytest.approx(inside.float().mean().item())
+    sure = {token: inside[tokens == token].float().mean().item() for token in tokens.unique().tolist()}
+    assert group.purity == pytest.approx(
+        sum(sure[token] for token in tokens[inside].tolist()) / inside.sum().item()
+    )
+    values, counts = tokens[inside].unique(return_counts=True)
+    assert group.tokens[0][1] == pytest.approx((counts.max() / inside.sum()).item())
+    assert group.tokens[0][0] in {tokenizer.decode([t]) for t in values[counts == counts.max()].tolist()}
 
 
 def test_demo_adapter_fits_the_demo_model():

@@ -25,16 +25,18 @@ class Checkpoints:
     def save(
         self,
         step: int,
+        seconds: float,
         parameters: list[torch.Tensor],
         optimizer: torch.optim.Optimizer,
         run: Mapping[str, Any],
     ) -> None:
         """Write the state after `step` steps: a reader sees the old file or the new one, never a part.
 
-        `run` is what a resumed run must repeat, as plain values.
+        `seconds` is how long they took, `run` what a resumed run must repeat, as plain values.
         """
         state = {
             "step": step,
+            "seconds": seconds,
             "run": dict(run),
             "parameters": [parameter.detach().cpu() for parameter in parameters],
             "optimizer": optimizer.state_dict(),
@@ -50,8 +52,8 @@ class Checkpoints:
 
     def load(
         self, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer, run: Mapping[str, Any]
-    ) -> int:
-        """Bring `parameters` and `optimizer` to the saved state; return how many steps were done.
+    ) -> tuple[int, float]:
+        """Bring `parameters` and `optimizer` to the saved state; return the steps and seconds behind it.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -74,4 +76,4 @@ class Checkpoints:
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+        return int(state["step"]), float(state["seconds"])

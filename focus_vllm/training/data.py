@@ -15,6 +15,7 @@ PIECE_CHARACTERS = 65_536
 # The tokenizer works on as many at once as there are cores.
 PIECES_AT_ONCE = 32
 SPAN_TOKENS = (16, 64)
+KEY_TOKENS, VALUE_TOKENS = 4, 8
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -107,6 +108,39 @@ def copy_spans(batch: torch.Tensor, spans: int, distance: int, generator: torch.
             source = _draw(0, len(row) - 2 * length - distance + 1, generator)
             target = _draw(source + length + distance, len(row) - length + 1, generator)
             row[target : target + length] = row[source : source + length].clone()
+    return batch
+
+
+def plant_pairs(batch: torch.Tensor, pairs: int, distance: int, generator: torch.Generator) -> torch.Tensor:
+    """Write keys with values into each row, and the same far behind them: what was said of this key?
+
+    Keys and values are random tokens of the row, so that only the earlier pair tells the later value.
+
+    Args:
+        batch: `[batch_size, length]`, changed in place.
+        pairs: Per row.
+        distance: How many tokens at least lie between a pair's end and its repetition.
+        generator: Source of randomness.
+
+    Returns:
+        `batch`.
+
+    Raises:
+        ValueError: A row is too short for a pair at that distance.
+    """
+    size = KEY_TOKENS + VALUE_TOKENS
+    if pairs and batch.shape[1] < 2 * size + distance:
+        raise ValueError(
+            f"key-value pairs at a distance of {distance} tokens need sequences of at least "
+            f"{2 * size + distance} tokens, got {batch.shape[1]}"
+        )
+    for row in batch:
+        for _ in range(pairs):
+            pair = row[torch.randint(len(row), (size,), generator=generator)]
+            source = _draw(0, len(row) - 2 * size - distance + 1, generator)
+            target = _draw(source + size + distance, len(row) - size + 1, generator)
+            row[source : source + size] = pair
+            row[target : target + size] = pair
     return batch
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.reference import focus_mask
 from focus_vllm.routing import Router
 from focus_vllm.training.data import tokenize
-from focus_vllm.training.hf import QUERY_CHUNK, HardMask, attach, prompt_logprobs, routable_layers
+from focus_vllm.training.hf import HardMask, attach_layers, prompt_logprobs, routable_layers, score_tokens
+from focus_vllm.training.probes import Probe, Score, score_probes
+from focus_vllm.training.yardsticks import MassMeter, OracleMask, RandomMask
 
 RECALL_TOKENS = 64
 
@@ -30,7 +32,26 @@ class Quality:
     far_pairs: float
     """Share of the pairs beyond window and sinks that attend, mean over layers; 1 if dense."""
     keys_per_query: float
-    """Mean over positions and layers."""
+    """Mean over positions and routed layers."""
+    perplexity_by_length: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Of the first so many tokens."""
+    probes: Mapping[str, Score] = dataclasses.field(default_factory=dict)
+    """By task."""
+    mass: float | None = None
+    """Share of the dense model's attention that the mask keeps, mean over layers, heads and queries that have
+    far keys; None for dense and the oracle."""
+    balance: float | None = None
+    """The largest group's share of these tokens, in the worst layer; None without groups."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to attend: the dense model, or a handler for each of some layers."""
+
+    name: str
+    config: FocusConfig | None = None
+    """The mask's settings; None for dense."""
+    handlers: Mapping[int, HardMask | OracleMask] = dataclasses.field(default_factory=dict)
 
 
 def held_out_sequences(
@@ -57,55 +78,53 @@ def held_out_sequences(
     return torch.stack(rows[:count])
 
 
-def evaluate_dense(model: PreTrainedModel, sequences: torch.Tensor, seed: int = 0) -> Quality:
-    """Measure `model` as it is; see `evaluate_focus`."""
-    perplexity, recall = _measure(model, sequences, seed)
-    length = sequences.shape[1]
-    return Quality(
-        name="dense", perplexity=perplexity, recall=recall, far_pairs=1.0, keys_per_query=(length + 1) / 2
-    )
+def dense() -> Way:
+    """The model as it is."""
+    return Way(name="dense")
 
 
-def evaluate_focus(
-    name: str,
-    model: PreTrainedModel,
-    config: FocusConfig,
-    layers: Mapping[int, Router],
-    sequences: torch.Tensor,
-    seed: int = 0,
-) -> Quality:
-    """Measure `model` under the mask of an adapter.
-
-    Args:
-        name: What to call it.
-        model: A Hugging Face causal language model.
-        config: The mask's settings.
-        layers: What each routed layer learned.
-        sequences: `[count, num_tokens]`, int64, text that was not trained on.
-        seed: Of the places that the repeated spans come from.
-    """
-    with attach(model, config, layers) as attached:
-        perplexity, recall = _measure(model, sequences, seed)
-        far, keys = _pairs(attached, config)
-    return Quality(name=name, perplexity=perplexity, recall=recall, far_pairs=far, keys_per_query=keys)
+def focus(name: str, model: PreTrainedModel, config: FocusConfig, layers: Mapping[int, Router]) -> Way:
+    """The mask of an adapter."""
+    device = next(model.parameters()).device
+    handlers = {}
+    for index, router in layers.items():
+        weight, bias = router.fold(config.temperature)
+        handlers[index] = HardMask(config, weight.to(device), bias.to(device))
+    return Way(name=name, config=config, handlers=handlers)
 
 
-def evaluate_local(
-    model: PreTrainedModel, config: FocusConfig, keys_per_query: float, sequences: torch.Tensor, seed: int = 0
-) -> Quality:
-    """Measure the baseline without groups: the window that reads `keys_per_query`, and the same sinks."""
-    window = window_for(keys_per_query, config, sequences.shape[1])
-    local = dataclasses.replace(config, window=window)
-    with _ungrouped(model, local, sequences.shape[1]) as attached:
-        perplexity, recall = _measure(model, sequences, seed)
-        far, keys = _pairs(attached, local)
-    return Quality(
-        name=f"local window {window} + {config.sink} sinks",
-        perplexity=perplexity,
-        recall=recall,
-        far_pairs=far,
-        keys_per_query=keys,
-    )
+def local(model: PreTrainedModel, config: FocusConfig, keys_per_query: float, num_tokens: int) -> Way:
+    """No groups: the window that reads `keys_per_query` keys over `num_tokens` tokens, and the same sinks."""
+    window = window_for(keys_per_query, config, num_tokens)
+    device = next(model.parameters()).device
+    nobody = torch.zeros(1, dtype=torch.uint8, device=device)
+    changed = dataclasses.replace(config, window=window)
+    weight, bias = _no_router(model, config)
+    mask = {index: HardMask(changed, weight, bias, (nobody, nobody)) for index in _indices(model, config)}
+    return Way(name=f"local window {window} + {config.sink} sinks", config=changed, handlers=mask)
+
+
+def random_groups(model: PreTrainedModel, config: FocusConfig, seed: int = 0) -> Way:
+    """Groups drawn for each position of each layer, as many as `config` says."""
+    weight, bias = _no_router(model, config)
+    masks = {index: RandomMask(config, weight, bias, seed=seed + index) for index in _indices(model, config)}
+    return Way(name="random groups", config=config, handlers=masks)
+
+
+def oracle(model: PreTrainedModel, config: FocusConfig, far_pairs: float) -> Way:
+    """The far keys that get the most dense attention, as many of them as `far_pairs` says, for each query."""
+    masks = {index: OracleMask(config, far_pairs) for index in _indices(model, config)}
+    return Way(name=f"oracle, {far_pairs:.1%} of far keys", config=config, handlers=masks)
+
+
+def _indices(model: PreTrainedModel, config: FocusConfig) -> list[int]:
+    return sorted(set(routable_layers(model)) - set(config.dense_layers))
+
+
+def _no_router(model: PreTrainedModel, config: FocusConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_size = model.config.get_text_config().hidden_size
+    weight = torch.zeros(config.num_groups, hidden_size, device=next(model.parameters()).device)
+    return weight, weight[:, 0]
 
 
 def window_for(keys_per_query: float, config: FocusConfig, num_tokens: int) -> int:
@@ -121,48 +140,106 @@ def window_for(keys_per_query: float, config: FocusConfig, num_tokens: int) -> i
     return low
 
 
-@contextlib.contextmanager
-def _ungrouped(model: PreTrainedModel, config: FocusConfig, num_tokens: int) -> Iterator[dict[int, HardMask]]:
-    """Attach Focus with tokens in no group, so that only window and sinks attend."""
-    none = torch.zeros(num_tokens, dtype=torch.uint8)
-    hidden_size = model.config.get_text_config().hidden_size
-    router = Router(
-        torch.zeros(hidden_size, 1), torch.zeros(config.num_groups, 1), torch.zeros(config.num_groups)
-    )
-    indices = sorted(set(routable_layers(model)) - set(config.dense_layers))
-    layers, groups = dict.fromkeys(indices, router), dict.fromkeys(indices, (none, none))
-    with attach(model, config, layers, groups) as attached:
-        yield attached
+def evaluate(
+    model: PreTrainedModel,
+    way: Way,
+    sequences: torch.Tensor,
+    lengths: Sequence[int] = (),
+    probes: Mapping[str, Sequence[Probe]] | None = None,
+    seed: int = 0,
+) -> Quality:
+    """Measure one way to attend.
 
+    Args:
+        model: A Hugging Face causal language model.
+        way: From `dense`, `focus`, `local`, `random_groups` or `oracle`.
+        sequences: `[count, num_tokens]`, int64, text that was not trained on.
+        lengths: Perplexity is also given for the first so many tokens of each sequence. Every mask is causal,
+            so that is the perplexity of a text of that length.
+        probes: Retrieval tasks.
+        seed: Of the places that the repeated spans come from.
 
-def _measure(model: PreTrainedModel, sequences: torch.Tensor, seed: int) -> tuple[float, float]:
-    """Return perplexity on `sequences` and recall on copies of them that end in a repeated span."""
+    Raises:
+        ValueError: The sequences are too short for a repeated span.
+    """
+    length = sequences.shape[1]
+    if length < 2 * RECALL_TOKENS:
+        raise ValueError(f"seq_len ({length}) must be >= {2 * RECALL_TOKENS}: a span of it is repeated")
     generator = torch.Generator().manual_seed(seed)
-    recalls = []
-    for row in sequences:
-        last_start = len(row) // 2 - RECALL_TOKENS
-        start = int(torch.randint(0, max(last_start, 1), (1,), generator=generator))
-        repeated = row.clone()
-        repeated[-RECALL_TOKENS:] = row[start : start + RECALL_TOKENS]
-        recalls.append(-prompt_logprobs(model, repeated)[-RECALL_TOKENS:].mean().item())
-    losses = [-prompt_logprobs(model, row).mean().item() for row in sequences]
-    return math.exp(sum(losses) / len(losses)), sum(recalls) / len(recalls)
+    losses, recalls, counts = [], [], _Counts()
+    with attach_layers(model, way.handlers) if way.handlers else contextlib.nullcontext():
+        for row in sequences:
+            losses.append(-prompt_logprobs(model, row).double())
+            counts.add(way)
+            start = int(torch.randint(0, max(length // 2 - RECALL_TOKENS, 1), (1,), generator=generator))
+            repeated = row.clone()
+            repeated[-RECALL_TOKENS:] = row[start : start + RECALL_TOKENS]
+            recalls.append(-score_tokens(model, repeated, RECALL_TOKENS)[0].mean().item())
+        scores = {task: score_probes(model, given) for task, given in (probes or {}).items()}
+    nll = torch.stack(losses)
+    return Quality(
+        name=way.name,
+        perplexity=nll.mean().exp().item(),
+        recall=sum(recalls) / len(recalls),
+        far_pairs=counts.far_pairs() if way.config else 1.0,
+        keys_per_query=counts.keys / counts.queries if way.config else (length + 1) / 2,
+        perplexity_by_length={size: nll[:, : size - 1].mean().exp().item() for size in lengths},
+        probes=scores,
+        mass=_mass(model, way, sequences),
+        balance=counts.balance(),
+    )
 
 
-def _pairs(attached: Mapping[int, HardMask], config: FocusConfig) -> tuple[float, float]:
-    """Return the share of far pairs kept and the keys per query, over the last sequence that was run."""
-    kept = far = keys = queries = 0
-    for layer in attached.values():
-        assert layer.query_groups is not None
-        assert layer.key_groups is not None
-        query_groups, key_groups = layer.query_groups[0], layer.key_groups[0]
-        nobody = torch.zeros_like(key_groups)
-        for start in range(0, len(query_groups), QUERY_CHUNK):
-            chunk = query_groups[start : start + QUERY_CHUNK]
-            num_keys = start + len(chunk)
-            reads = int(focus_mask(chunk, key_groups[:num_keys], config, start).sum())
-            always = int(focus_mask(chunk, nobody[:num_keys], config, start).sum())
-            causal = len(chunk) * (start + num_keys + 1) // 2
-            kept, far = kept + reads - always, far + causal - always
-            keys, queries = keys + reads, queries + len(chunk)
-    return kept / max(far, 1), keys / queries
+@torch.no_grad()
+def _mass(model: PreTrainedModel, way: Way, sequences: torch.Tensor) -> float | None:
+    masks = {index: part for index, part in way.handlers.items() if isinstance(part, HardMask)}
+    if not masks:
+        return None
+    meters = {index: MassMeter(mask) for index, mask in masks.items()}
+    with attach_layers(model, meters):
+        for row in sequences:
+            model(input_ids=row[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+    kept = [meter.kept / meter.measured for meter in meters.values() if meter.measured]
+    return sum(kept) / len(kept) if kept else None
+
+
+@dataclasses.dataclass(slots=True)
+class _Counts:
+    """Pairs and tokens of the masks seen so far."""
+
+    kept: int = 0
+    far: int = 0
+    keys: int = 0
+    queries: int = 0
+    members: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """By layer, tokens in each group, `[num_groups]`."""
+    tokens: int = 0
+
+    def add(self, way: Way) -> None:
+        """Count what the handlers attended to last."""
+        if way.config is None:
+            return
+        for index, handler in way.handlers.items():
+            kept, far, always = handler.pairs()
+            num_tokens = handler.num_tokens
+            self.kept, self.far = self.kept + kept, self.far + far
+            self.keys, self.queries = self.keys + always + kept, self.queries + num_tokens
+            if type(handler) is HardMask and handler.given is None:
+                assert handler.key_groups is not None
+                bits = torch.arange(handler.config.num_groups, device=handler.key_groups.device)
+                inside = (handler.key_groups.flatten()[:, None] >> bits & 1).sum(dim=0).cpu()
+                self.members[index] = self.members.get(index, torch.zeros_like(inside)) + inside
+        self.tokens += num_tokens
+
+    def far_pairs(self) -> float:
+        return self.kept / max(self.far, 1)
+
+    def balance(self) -> float | None:
+        if not self.members:
+            return None
+        return max(inside.max().item() for inside in self.members.values()) / self.tokens
+
+
+def to_json(rows: Sequence[Quality]) -> list[dict[str, Any]]:
+    """Return the rows as JSON types."""
+    return [dataclasses.asdict(row) for row in rows]

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from focus_vllm.config import FocusConfig
 from focus_vllm.reference import focus_mask, masked_attention
 from focus_vllm.routing import Router, route
+from focus_vllm.training.gates import causal_attention, repeat_heads
 
 HANDLER = "_focus_attention"
 QUERY_CHUNK = 1024
@@ -41,6 +42,24 @@ class LayerAttention(Protocol):
 
 
 @dataclasses.dataclass(slots=True)
+class Recorder:
+    """Leaves attention as it is and keeps the hidden states."""
+
+    hidden: torch.Tensor | None = None
+    """The last input of the layer's QKV projection, `[batch, num_tokens, hidden_size]`."""
+
+    def observe(self, hidden: torch.Tensor) -> None:
+        """Keep `hidden`."""
+        self.hidden = hidden
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+    ) -> torch.Tensor:
+        """Attend to everything earlier."""
+        return causal_attention(query, *repeat_heads(query, key, value), scale, softcap)
+
+
+@dataclasses.dataclass(slots=True)
 class HardMask:
     """One layer under the mask that is served; keeps what it routed last."""
 
@@ -50,7 +69,8 @@ class HardMask:
     bias: torch.Tensor
     """`[num_groups]`, float32."""
     given: tuple[torch.Tensor, torch.Tensor] | None = None
-    """`(key_groups, query_groups)` to use instead of routing, `[num_tokens]` or `[batch, num_tokens]`."""
+    """`(key_groups, query_groups)` to use instead of routing, `[num_tokens]`, `[batch, num_tokens]`, or
+    `[1]` for all tokens."""
     scores: torch.Tensor | None = None
     """What routing compared, `[batch, num_tokens, num_groups]`, float32."""
     key_groups: torch.Tensor | None = None
@@ -66,7 +86,7 @@ class HardMask:
         else:
             shape = hidden.shape[:2]
             for part in self.given:
-                if part.shape[-1] != shape[1]:
+                if part.shape[-1] not in (1, shape[1]):
                     raise ValueError(f"groups given for {part.shape[-1]} tokens, the input has {shape[1]}")
             groups = (
                 self.given[0].to(hidden.device).expand(shape),
@@ -80,8 +100,7 @@ class HardMask:
         """Attend under the mask, `QUERY_CHUNK` queries at a time, in the dtype of `query`."""
         assert self.key_groups is not None
         assert self.query_groups is not None
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        key, value = repeat_heads(query, key, value)
         chunks = []
         for start in range(0, query.shape[2], QUERY_CHUNK):
             stop = min(start + QUERY_CHUNK, query.shape[2])
@@ -94,6 +113,45 @@ class HardMask:
             chunk = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
             chunks.append(_masked_chunk(*chunk, mask, scale, softcap))
         return torch.cat(chunks, dim=2)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the last call had."""
+        assert self.key_groups is not None
+        return self.key_groups.shape[1]
+
+    def pairs(self) -> tuple[int, int, int]:
+        """Return the last call's far pairs kept, far pairs, and pairs that always attend."""
+        assert self.query_groups is not None
+        assert self.key_groups is not None
+        return count_pairs(self.query_groups, self.key_groups, self.config)
+
+
+def count_pairs(
+    query_groups: torch.Tensor, key_groups: torch.Tensor, config: FocusConfig
+) -> tuple[int, int, int]:
+    """Count a mask's pairs without building it.
+
+    Args:
+        query_groups: Q, `[batch, num_tokens]`, integer bitmasks.
+        key_groups: G, likewise.
+        config: The mask's settings.
+
+    Returns:
+        The far pairs that share a group, all far pairs, and the pairs that attend whatever their groups.
+    """
+    batch, num_tokens = key_groups.shape
+    i = torch.arange(num_tokens, device=key_groups.device)
+    # A query's far keys are those from position sink to far - 1.
+    far = torch.where(i < config.dense_below, 0, i - config.window).clamp_min(config.sink)
+    kept = 0
+    for queries, keys in zip(query_groups, key_groups, strict=True):
+        for signature in keys.unique():
+            counts = functional.pad((keys == signature).cumsum(0), (1, 0))
+            inside = counts[far.clamp(max=num_tokens)] - counts[min(config.sink, num_tokens)]
+            kept += int((inside * ((queries & signature) != 0)).sum())
+    all_far = batch * int((far - config.sink).sum())
+    return kept, all_far, batch * num_tokens * (num_tokens + 1) // 2 - all_far
 
 
 def _masked_chunk(
@@ -280,11 +338,31 @@ def prompt_logprobs(model: PreTrainedModel, token_ids: torch.Tensor | list[int])
     Returns:
         `[num_tokens - 1]`, float32, on the CPU: entry i is for token i + 1.
     """
+    return score_tokens(model, token_ids, len(token_ids) - 1)[0]
+
+
+@torch.no_grad()
+def score_tokens(
+    model: PreTrainedModel, token_ids: torch.Tensor | list[int], count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the last `count` tokens of one prompt, each given all before it.
+
+    Args:
+        model: A causal language model, with or without Focus attached.
+        token_ids: `[num_tokens]`.
+        count: At most num_tokens - 1.
+
+    Returns:
+        On the CPU, their log-probabilities, `[count]`, float32, and whether each is the model's first choice,
+        `[count]`, bool.
+    """
     ids = torch.as_tensor(token_ids, device=next(model.parameters()).device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    parts = []
-    for start in range(0, len(logits), QUERY_CHUNK):
+    logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
+    wanted = ids[-count:, None]
+    logprobs, first = [], []
+    for start in range(0, count, QUERY_CHUNK):
         rows = logits[start : start + QUERY_CHUNK].float()
-        targets = ids[start + 1 : start + 1 + len(rows), None]
-        parts.append(rows.gather(-1, targets)[:, 0] - rows.logsumexp(dim=-1))
-    return torch.cat(parts).cpu()
+        targets = wanted[start : start + QUERY_CHUNK]
+        logprobs.append(rows.gather(-1, targets)[:, 0] - rows.logsumexp(dim=-1))
+        first.append(rows.argmax(dim=-1) == targets[:, 0])
+    return torch.cat(logprobs).cpu(), torch.cat(first).cpu()

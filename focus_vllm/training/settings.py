@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-CHOICES = {"objective": ("log-gate",), "schedule": ("cosine", "constant")}
+CHOICES = {
+    "objective": ("log-gate", "mass", "paper"),
+    "target": ("text", "dense"),
+    "init": ("random", "kmeans"),
+    "assignment": ("sinkhorn", "softmax"),
+    "precision": ("model", "bfloat16"),
+    "schedule": ("cosine", "constant"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,9 +23,17 @@ class TrainSettings:
     """
 
     objective: str = "log-gate"
+    """What gates far pairs in training (docs/training.md): `log-gate`, `paper`, or `mass` without a backward
+    pass through the model."""
+    target: str = "text"
+    """What the model's predictions are compared with: the `text`, or its own `dense` ones (distillation)."""
     steps: int = 300
+    minutes: float = 0.0
+    """Stop after so long if the steps take longer, the learning rate falling accordingly; 0 is no limit."""
     batch_size: int = 4
-    """Sequences per step."""
+    """Sequences per forward pass."""
+    accumulate: int = 1
+    """Forward passes whose gradients are added up for one step."""
     seq_len: int = 1024
     """Tokens per sequence."""
     lr: float = 3e-3
@@ -26,10 +41,22 @@ class TrainSettings:
     schedule: str = "cosine"
     """`cosine` falls to 0 over the steps, `constant` stays."""
     seed: int = 0
+    precision: str = "model"
+    """`bfloat16` runs the model under autocast; groups are scored in float32 in any case."""
+    init: str = "random"
+    """Centroids at the start: `random`, or `kmeans` of the text's projected hidden states."""
+    assignment: str = "sinkhorn"
+    """`sinkhorn` balances the groups; `softmax` is there to show that they collapse without."""
+    sharpen: float = 1.0
+    """Scores are multiplied by a factor that grows from 1 to this, so that soft groups end as hard ones."""
+    train_top_k: int = 1
+    """Groups that a query attends to while training."""
     train_window: int | None = None
     """Window while training, in tokens; None takes the adapter's."""
     copy_spans: int = 0
     """Spans per sequence that repeat earlier text."""
+    key_values: int = 0
+    """Keys per sequence that come back, with the value that followed them."""
     text_tokens: int = 4_000_000
     """Most text that sequences are drawn from, in tokens."""
     calibration_tokens: int = 65_536
@@ -38,10 +65,15 @@ class TrainSettings:
     def __post_init__(self) -> None:
         at_least = {
             "steps": 1,
+            "minutes": 0,
             "batch_size": 1,
+            "accumulate": 1,
             "seq_len": 2,
             "seed": 0,
+            "sharpen": 1,
+            "train_top_k": 1,
             "copy_spans": 0,
+            "key_values": 0,
             "text_tokens": 1,
             "calibration_tokens": 1,
         }
@@ -62,5 +94,5 @@ class TrainSettings:
 
     def num_tokens(self) -> int:
         """Return how many tokens of text training and calibration read at most."""
-        wanted = self.steps * self.batch_size * (self.seq_len + 1)
+        wanted = self.steps * self.accumulate * self.batch_size * (self.seq_len + 1)
         return min(wanted, self.text_tokens) + self.calibration_tokens

@@ -8,9 +8,11 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast, reduce
 from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
@@ -19,12 +21,14 @@ from focus_vllm.adapter import Adapter, BaseModel
 from focus_vllm.config import FocusConfig
 from focus_vllm.routing import Router, sinkhorn
 from focus_vllm.training.checkpoint import Checkpoints
-from focus_vllm.training.data import copy_spans, sample_batch
-from focus_vllm.training.hf import attach_layers, routable_layers
-from focus_vllm.training.loggate import LogGate
+from focus_vllm.training.data import copy_spans, plant_pairs, sample_batch
+from focus_vllm.training.gates import GATES, Gate, MassGate
+from focus_vllm.training.hf import Recorder, attach_layers, routable_layers
+from focus_vllm.training.processes import processes
 from focus_vllm.training.settings import TrainSettings
 
 CALIBRATION_ITERATIONS = 200
+KMEANS_ITERATIONS = 20
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -37,11 +41,14 @@ def train(
     provenance: Mapping[str, Any] | None = None,
     checkpoints: Checkpoints | None = None,
     progress: bool = True,
+    log_dir: Path | None = None,
 ) -> Adapter:
     """Train an adapter for `model`, whose weights do not change.
 
     Training depends on the settings alone: what a step draws follows from the seed and the step's number,
-    so a run that is resumed ends in the same adapter as one that was never stopped.
+    so a run that is resumed ends in the same adapter as one that was never stopped (with `minutes`, as far
+    as the clock allows). Under `accelerate launch`, each process draws its own batches and gradients are
+    averaged.
 
     Args:
         model: A Hugging Face causal language model, on the device and in the dtype to train with.
@@ -52,44 +59,62 @@ def train(
         provenance: Further facts for the adapter's training record.
         checkpoints: Where progress is saved; None saves none.
         progress: Show a progress bar on stderr.
+        log_dir: Where TensorBoard's logs go; None writes none.
 
     Raises:
         ValueError: The text is shorter than a sequence, no layer can be routed, the checkpoint to
-            resume from comes from another run, or the loss is not finite.
+            resume from comes from another run, the loss is not finite, or there is a log_dir and no
+            TensorBoard.
         RuntimeError: The model's weights changed.
     """
     started = time.perf_counter()
-    if len(tokens) <= settings.seq_len:
-        raise ValueError(f"the text has {len(tokens)} tokens, seq_len ({settings.seq_len}) needs one more")
-    window = config.window if settings.train_window is None else settings.train_window
-    gates = _new_gates(model, dataclasses.replace(config, window=window), settings)
+    check_length(tokens, settings)
+    gates = new_gates(model, config, settings)
     with _frozen(model) as weights:
+        if settings.init == "kmeans":
+            cluster_centroids(model, tokens, gates, settings)
         run = {**config.to_dict(), **dataclasses.asdict(settings), "weights_sha256": weights}
         run["text_sha256"] = hashlib.sha256(tokens.numpy().data).hexdigest()
-        _optimise(model, tokens, gates, settings, checkpoints, run, progress)
+        parameters = parameters_of(gates)
+        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
+        done = optimise(model, tokens, gates, settings, optimizer, checkpoints, run, progress, log_dir)
         potentials, balance = calibrate(model, tokens, gates, settings)
-    layers = {
-        index: Router(gate.projection.detach(), gate.centroids.detach(), potentials[index])
-        for index, gate in gates.items()
-    }
+    shares = dominance(gates)
     record = {
         **dataclasses.asdict(settings),
-        "train_window": window,
+        "steps": done,
+        "train_window": next(iter(gates.values())).config.window,
+        "processes": processes().num_processes,
+        "dominance": {str(index): round(share, 4) for index, share in shares.items()},
         "balance": {str(index): round(share, 4) for index, share in balance.items()},
         "weights_sha256": weights,
         "seconds": round(time.perf_counter() - started, 1),
         **(provenance or {}),
     }
+    layers = routers_of(gates, potentials)
     return Adapter(config=config, base_model=base_model, layers=layers, training=record)
 
 
-def _new_gates(model: PreTrainedModel, config: FocusConfig, settings: TrainSettings) -> dict[int, LogGate]:
+def check_length(tokens: torch.Tensor, settings: TrainSettings) -> None:
+    """Refuse a text that is too short to cut a sequence from."""
+    if len(tokens) <= settings.seq_len:
+        raise ValueError(f"the text has {len(tokens)} tokens, seq_len ({settings.seq_len}) needs one more")
+
+
+def new_gates(model: PreTrainedModel, config: FocusConfig, settings: TrainSettings) -> dict[int, Gate]:
+    """Make a gate with random centroids for each layer to be routed, by layer index.
+
+    Raises:
+        ValueError: There is no such layer, or a dense layer is none that could be routed.
+    """
     modules = routable_layers(model)
     if unknown := sorted(set(config.dense_layers) - set(modules)):
         raise ValueError(f"dense_layers {unknown} cannot be routed anyway; the model has {sorted(modules)}")
     indices = sorted(set(modules) - set(config.dense_layers))
     if not indices:
         raise ValueError("there is no layer to route: none has full causal attention, or all are dense")
+    if settings.train_window is not None:
+        config = dataclasses.replace(config, window=settings.train_window)
     device = next(model.parameters()).device
     hidden_size = model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(settings.seed)
@@ -99,67 +124,223 @@ def _new_gates(model: PreTrainedModel, config: FocusConfig, settings: TrainSetti
         centroids = torch.randn(config.num_groups, config.group_dim, generator=generator)
         # Scores start near the hidden state's standard deviation: softly assigned, so that they can learn.
         centroids *= config.temperature / math.sqrt(config.group_dim)
-        parts = (part.to(device).requires_grad_() for part in (projection, centroids))
-        gates[index] = LogGate(config, *parts)
+        gates[index] = GATES[settings.objective](
+            config,
+            projection.to(device).requires_grad_(),
+            centroids.to(device).requires_grad_(),
+            top_k=settings.train_top_k,
+            balanced=settings.assignment == "sinkhorn",
+        )
     return gates
 
 
-def _optimise(
+def parameters_of(gates: Mapping[int, Gate]) -> list[torch.Tensor]:
+    """Return what is trained, in the order of the layers."""
+    return [part for gate in gates.values() for part in (gate.projection, gate.centroids)]
+
+
+def routers_of(gates: Mapping[int, Gate], potentials: Mapping[int, torch.Tensor]) -> dict[int, Router]:
+    """Return what the gates learned as the adapter holds it: the final sharpness is in the centroids."""
+    return {
+        index: Router(gate.projection.detach(), gate.centroids.detach() * gate.sharpness, potentials[index])
+        for index, gate in gates.items()
+    }
+
+
+@torch.no_grad()
+def cluster_centroids(
+    model: PreTrainedModel, tokens: torch.Tensor, gates: Mapping[int, Gate], settings: TrainSettings
+) -> None:
+    """Put each layer's centroids where k-means finds clusters of the text's projected hidden states."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    recorders = {index: Recorder() for index in gates}
+    batch = sample_batch(tokens, settings.batch_size, settings.seq_len, generator)
+    with attach_layers(model, recorders):
+        model(input_ids=batch.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+    for index, gate in gates.items():
+        hidden = recorders[index].hidden
+        assert hidden is not None
+        points = hidden.flatten(0, 1).float() @ gate.projection
+        points = points - points.mean(dim=0)
+        starts = torch.randperm(len(points), generator=generator)[: gate.config.num_groups]
+        centres = points[starts.to(points.device)]
+        for _ in range(KMEANS_ITERATIONS):
+            members = functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)).float()
+            counts = members.sum(dim=0)[:, None]
+            centres = torch.where(counts > 0, members.T @ points / counts.clamp_min(1), centres)
+        gate.centroids.copy_(functional.normalize(centres, dim=1) * gate.config.temperature)
+
+
+def optimise(
     model: PreTrainedModel,
     tokens: torch.Tensor,
-    gates: dict[int, LogGate],
+    gates: Mapping[int, Gate],
     settings: TrainSettings,
-    checkpoints: Checkpoints | None,
-    run: Mapping[str, Any],
-    progress: bool,
-) -> None:
-    parameters = [part for gate in gates.values() for part in (gate.projection, gate.centroids)]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
-    first = 0
+    optimizer: torch.optim.Optimizer,
+    checkpoints: Checkpoints | None = None,
+    run: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    log_dir: Path | None = None,
+) -> int:
+    """Take the settings' steps with `optimizer`, whose parameters are whatever is trained.
+
+    Args:
+        model: The model, attached to for the time of training.
+        tokens: `[num_tokens]`, int64.
+        gates: By layer index; with none, the model trains as it is.
+        settings: How to train.
+        optimizer: Each of its groups keeps its learning rate's ratio to `settings.lr`.
+        checkpoints: See `train`.
+        run: What a resumed run must repeat.
+        progress: See `train`.
+        log_dir: See `train`.
+
+    Returns:
+        The steps taken.
+
+    Raises:
+        ValueError: The loss is not finite, the checkpoint is not this run's, or TensorBoard is missing.
+    """
+    state = processes()
+    parameters = [part for group in optimizer.param_groups for part in group["params"]]
+    ratios = [group["lr"] / settings.lr for group in optimizer.param_groups]
+    step, seconds = 0, 0.0
     if checkpoints is not None and checkpoints.resume:
-        first = checkpoints.load(parameters, optimizer, run)
-    bar = tqdm(total=settings.steps, initial=first, unit="step", disable=not progress, dynamic_ncols=True)
-    with bar, attach_layers(model, gates):
-        for step in range(first, settings.steps):
-            optimizer.param_groups[0]["lr"] = _learning_rate(settings, step)
-            loss = _loss(model, _batch(tokens, gates, settings, step))
-            if not math.isfinite(value := loss.item()):
-                raise ValueError(f"the loss is {value} at step {step + 1}: lower lr ({settings.lr})")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+        step, seconds = checkpoints.load(parameters, optimizer, run or {})
+    started = time.perf_counter() - seconds
+    show = progress and state.is_main_process
+    bar = tqdm(total=settings.steps, initial=step, unit="step", disable=not show, dynamic_ncols=True)
+    with bar, attach_layers(model, gates), _summary(log_dir if state.is_main_process else None) as summary:
+        while (part := _progress(settings, step, time.perf_counter() - started)) < 1:
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = ratio * _learning_rate(settings, part)
+            for gate in gates.values():
+                gate.sharpness = settings.sharpen**part
+            loss = _gradients(model, tokens, gates, settings, parameters, step)
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at step {step + 1}: lower lr ({settings.lr})")
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
-            bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if part > 0:
+                bar.total = min(settings.steps, round((step - 1) / part))
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
-            if checkpoints is not None and (step + 1) % checkpoints.every == 0:
-                checkpoints.save(step + 1, parameters, optimizer, run)
+            if summary is not None:
+                summary.add_scalar("loss", loss, step)
+                summary.add_scalar("lr", optimizer.param_groups[0]["lr"], step)
+                for index, share in dominance(gates).items():
+                    summary.add_scalar(f"largest_group/{index}", share, step)
+            if checkpoints is not None and step % checkpoints.every == 0 and state.is_main_process:
+                checkpoints.save(step, time.perf_counter() - started, parameters, optimizer, run or {})
+    for gate in gates.values():
+        gate.sharpness = settings.sharpen
+    return step
 
 
-def _learning_rate(settings: TrainSettings, step: int) -> float:
+def _progress(settings: TrainSettings, step: int, seconds: float) -> float:
+    """Return how much of the training is behind: of its steps, or of its time if that is more."""
+    done = step / settings.steps
+    if not settings.minutes or not step:
+        return done
+    elapsed = torch.tensor(seconds, device=processes().device)
+    # The first process's clock, so that all stop together.
+    return max(done, float(broadcast(elapsed)) / (60 * settings.minutes))
+
+
+def _learning_rate(settings: TrainSettings, progress: float) -> float:
     if settings.schedule == "constant":
         return settings.lr
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _gradients(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    gates: Mapping[int, Gate],
+    settings: TrainSettings,
+    parameters: list[torch.Tensor],
+    step: int,
+) -> float:
+    """Set the parameters' gradients, averaged over passes and processes; return the mean loss."""
+    state = processes()
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for turn in range(settings.accumulate):
+        number = (step * settings.accumulate + turn) * state.num_processes + state.process_index
+        loss = _loss(model, _batch(tokens, gates, settings, number), gates, settings) / settings.accumulate
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if state.num_processes > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = reduce(parameter.grad, "mean")
+        total = reduce(total, "mean")
+    return total.item()
 
 
 def _batch(
-    tokens: torch.Tensor, gates: Mapping[int, LogGate], settings: TrainSettings, step: int
+    tokens: torch.Tensor, gates: Mapping[int, Gate], settings: TrainSettings, number: int
 ) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     batch = sample_batch(tokens, settings.batch_size, settings.seq_len + 1, generator)
-    window = next(iter(gates.values())).config.window
-    return copy_spans(batch, settings.copy_spans, window, generator)
+    window = next(iter(gates.values())).config.window if gates else 0
+    copy_spans(batch, settings.copy_spans, window, generator)
+    return plant_pairs(batch, settings.key_values, window, generator)
 
 
-def _loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of the next token over `batch`, `[batch, num_tokens]`."""
+def _loss(
+    model: PreTrainedModel, batch: torch.Tensor, gates: Mapping[int, Gate], settings: TrainSettings
+) -> torch.Tensor:
+    """Return what is minimised on `batch`, `[batch, num_tokens]`, as a scalar."""
     batch = batch.to(next(model.parameters()).device)
-    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+    precision = torch.autocast(batch.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16")
+    if settings.objective == "mass":
+        with precision:
+            model(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=1)
+        losses = [gate.loss for gate in gates.values() if isinstance(gate, MassGate)]
+        return torch.stack([loss for loss in losses if loss is not None]).mean()
+    if settings.target == "dense":
+        for gate in gates.values():
+            gate.dense = True
+        with torch.no_grad(), precision:
+            dense = model(input_ids=batch[:, :-1], use_cache=False).logits
+        for gate in gates.values():
+            gate.dense = False
+    with precision:
+        logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1).float()
+    if settings.target == "text":
+        return functional.cross_entropy(logits, batch[:, 1:].flatten())
+    wanted = dense.flatten(0, 1).float().log_softmax(dim=-1)
+    return functional.kl_div(logits.log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def dominance(gates: Mapping[int, Gate]) -> dict[int, float]:
+    """Return the largest group's share of the last batch's tokens, by layer."""
+    shares = {}
+    for index, gate in gates.items():
+        members = gate.memberships()[1].flatten(0, 1).argmax(dim=-1)
+        shares[index] = (torch.bincount(members).max() / len(members)).item()
+    return shares
+
+
+@contextlib.contextmanager
+def _summary(log_dir: Path | None) -> Iterator[Any]:
+    if log_dir is None:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("a log_dir needs TensorBoard: pip install 'focus-vllm[plots]'") from None
+    with SummaryWriter(str(log_dir)) as summary:
+        yield summary
 
 
 @torch.no_grad()
 def calibrate(
-    model: PreTrainedModel, tokens: torch.Tensor, gates: Mapping[int, LogGate], settings: TrainSettings
+    model: PreTrainedModel, tokens: torch.Tensor, gates: Mapping[int, Gate], settings: TrainSettings
 ) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
     """Find each layer's column potentials: Sinkhorn's fixed point on the text's last `calibration_tokens`.
 

@@ -1,0 +1,278 @@
+"""Attention in training: soft membership of groups, so that centroids get gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from focus_vllm.config import FocusConfig
+from focus_vllm.routing import sinkhorn
+
+SINKHORN_ITERATIONS = 10
+MIN_GATE = 1e-6
+# Queries at a time. On one core, demo-10m at 2,048 tokens trains at 2.7 s a step with 128 and at 3.8 s with
+# 1024 (2026-11-24); a GPU wants few, large calls.
+CPU_QUERIES, GPU_QUERIES = 128, 1024
+# The published text leaves lambda open; at 10 a pair of one group is gated by 1.0 and one of two by 0.5.
+PAPER_LAMBDA = 10.0
+MASS_QUERIES = 128
+
+
+@dataclasses.dataclass(slots=True)
+class Gate:
+    """One layer in training. `dense_below` plays no part: every position learns to be routed."""
+
+    config: FocusConfig
+    projection: torch.Tensor
+    """W_g, `[hidden_size, group_dim]`, float32, trained."""
+    centroids: torch.Tensor
+    """C, `[num_groups, group_dim]`, float32, trained."""
+    top_k: int = 1
+    """Groups that a query attends to, softly."""
+    balanced: bool = True
+    """Sinkhorn; else softmax."""
+    sharpness: float = 1.0
+    """What the scores are multiplied by."""
+    dense: bool = False
+    """Attend as the model itself does."""
+    scores: torch.Tensor | None = None
+    """Of the last batch, divided by the temperature: `[batch, num_tokens, num_groups]`, float32."""
+
+    reads_text: ClassVar[bool] = True
+    """Whether the loss is the language model's; else the gates hold it."""
+
+    def observe(self, hidden: torch.Tensor) -> None:
+        """Score `hidden`'s tokens against the centroids."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = hidden.float() @ self.projection @ self.centroids.T
+        self.scores = scores * (self.sharpness / self.config.temperature)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+    ) -> torch.Tensor:
+        """Attend with far pairs gated, in the dtype of `query`; memory grows with the length, not its square.
+
+        Each block of queries is computed again in the backward pass.
+        """
+        key, value = repeat_heads(query, key, value)
+        if self.dense:
+            return causal_attention(query, key, value, scale, softcap)
+        queries, keys = self.memberships()
+        size = CPU_QUERIES if query.device.type == "cpu" else GPU_QUERIES
+        chunks = []
+        for start in range(0, query.shape[2], size):
+            stop = min(start + size, query.shape[2])
+            parts = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+            gates = queries[:, start:stop], keys[:, :stop]
+            output: torch.Tensor = checkpoint(
+                self._attend_chunk, *parts, *gates, start, scale, softcap, use_reentrant=False
+            )
+            chunks.append(output)
+        return torch.cat(chunks, dim=2)
+
+    def _attend_chunk(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_members: torch.Tensor,
+        key_members: torch.Tensor,
+        start: int,
+        scale: float,
+        softcap: float,
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def memberships(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how much each token of the batch is in each group, as a query and as a key.
+
+        Both `[batch, num_tokens, num_groups]`, float32; rows add up to `top_k` and to 1.
+        """
+        assert self.scores is not None
+        scores = self.scores.flatten(0, 1)
+        if self.balanced:
+            keys, potential = sinkhorn(scores, SINKHORN_ITERATIONS)
+            scores = scores + potential
+        else:
+            keys = scores.softmax(dim=-1)
+        queries = keys if self.top_k == 1 else soft_top_k(scores, self.top_k)
+        return queries.view_as(self.scores), keys.view_as(self.scores)
+
+    def near(self, num_queries: int, num_keys: int, start: int, device: torch.device) -> torch.Tensor:
+        """Return which pairs attend whatever their groups, `[num_queries, num_keys]`."""
+        i = torch.arange(start, start + num_queries, device=device)[:, None]
+        j = torch.arange(num_keys, device=device)[None, :]
+        return (j <= i) & ((i - j <= self.config.window) | (j < self.config.sink))
+
+
+@dataclasses.dataclass(slots=True)
+class LogGate(Gate):
+    """Far scores get log(q_i . g_j), near pairs and sinks attend as usual.
+
+    As assignments sharpen, the gate tends to 0 for a key in one of the query's groups and to minus infinity
+    for others: the mask with key_k = 1.
+    """
+
+    def _attend_chunk(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_members: torch.Tensor,
+        key_members: torch.Tensor,
+        start: int,
+        scale: float,
+        softcap: float,
+    ) -> torch.Tensor:
+        bias = self.bias(query_members, key_members, start).to(query.dtype)[:, None]
+        if not softcap:
+            if bias.requires_grad and not query.requires_grad:
+                # CUDA's SDPA keeps what its backward pass needs only if an input other than the mask has one.
+                query = query.detach().requires_grad_()
+            return functional.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+        scores = attention_scores(query, key, scale, softcap) + bias
+        return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+    def bias(self, query_members: torch.Tensor, key_members: torch.Tensor, start: int) -> torch.Tensor:
+        """Return what is added to the scores of queries from position `start` on.
+
+        Args:
+            query_members: `[batch, num_queries, num_groups]`.
+            key_members: `[batch, num_keys, num_groups]`, of all keys up to the last query.
+            start: Position of the first query.
+
+        Returns:
+            `[batch, num_queries, num_keys]`, float32.
+        """
+        with torch.autocast(query_members.device.type, enabled=False):
+            gate = (query_members @ key_members.transpose(1, 2)).clamp(MIN_GATE, 1.0).log()
+        num_queries, num_keys = gate.shape[1:]
+        future = _future(num_queries, num_keys, start, gate.device)
+        near = self.near(num_queries, num_keys, start, gate.device)
+        return gate.masked_fill(near, 0.0).masked_fill(future, float("-inf"))
+
+
+@dataclasses.dataclass(slots=True)
+class PaperGate(Gate):
+    """The paper's equation 2: far scores are multiplied by sigmoid(lambda g_i . g_j)."""
+
+    def _attend_chunk(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_members: torch.Tensor,
+        key_members: torch.Tensor,
+        start: int,
+        scale: float,
+        softcap: float,
+    ) -> torch.Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            gate = (PAPER_LAMBDA * (query_members @ key_members.transpose(1, 2))).sigmoid()
+        size = *gate.shape[1:], start, gate.device
+        scores = (
+            attention_scores(query, key, scale, softcap) * gate.masked_fill(self.near(*size), 1.0)[:, None]
+        )
+        weights = scores.masked_fill(_future(*size), float("-inf")).softmax(dim=-1, dtype=torch.float32)
+        return weights.to(value.dtype) @ value
+
+
+@dataclasses.dataclass(slots=True)
+class MassGate(Gate):
+    """No backward pass through the model: keep the attention that the dense model pays.
+
+    The loss is minus the mean log of the dense attention's mass that near pairs and the gate keep, over heads
+    and a sample of queries.
+    """
+
+    loss: torch.Tensor | None = None
+    """Of the last batch, a scalar."""
+    reads_text: ClassVar[bool] = False
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+    ) -> torch.Tensor:
+        """Attend as the model does, and set `loss`."""
+        key, value = repeat_heads(query, key, value)
+        if not self.dense:
+            self.loss = self._lost_mass(query.detach(), key.detach(), scale, softcap)
+        return causal_attention(query, key, value, scale, softcap)
+
+    def _lost_mass(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float
+    ) -> torch.Tensor:
+        num_tokens, device = query.shape[2], query.device
+        # Queries without far keys have nothing to learn.
+        rows = torch.arange(min(self.config.window + 1, num_tokens - 1), num_tokens, device=device)
+        rows = rows[:: -(-len(rows) // MASS_QUERIES)]
+        queries, keys = self.memberships()
+        i, j = rows[:, None], torch.arange(num_tokens, device=device)[None, :]
+        scores = attention_scores(query[:, :, rows], key, scale, softcap).float()
+        weights = scores.masked_fill(j > i, float("-inf")).softmax(dim=-1)
+        always = (i - j <= self.config.window) | (j < self.config.sink)
+        gate = (queries[:, rows] @ keys.transpose(1, 2)).clamp(max=1.0).masked_fill(always, 1.0)
+        return -(weights * gate[:, None]).sum(dim=-1).clamp_min(MIN_GATE).log().mean()
+
+
+GATES: dict[str, type[Gate]] = {"log-gate": LogGate, "paper": PaperGate, "mass": MassGate}
+
+
+def soft_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Choose `k` groups softly: sigmoid(score - t), where t makes a row add up to `k`.
+
+    Args:
+        scores: `[..., num_groups]`, float32.
+        k: Less than num_groups; with as many, everything is chosen.
+
+    Returns:
+        Of the same shape; with scores far apart, 1 for the `k` best groups and 0 for the others.
+    """
+    if k >= scores.shape[-1]:
+        return torch.ones_like(scores)
+    with torch.no_grad():
+        low, high = scores.amin(-1, keepdim=True) - 20.0, scores.amax(-1, keepdim=True) + 20.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            too_many = (scores - middle).sigmoid().sum(-1, keepdim=True) > k
+            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+        threshold = (low + high) / 2
+        chosen = (scores - threshold).sigmoid()
+        slope = chosen * (1 - chosen)
+        share = slope / slope.sum(-1, keepdim=True).clamp_min(1e-12)
+    # The threshold's gradient, by the implicit function theorem.
+    moved = (share * (scores - scores.detach())).sum(-1, keepdim=True)
+    return (scores - threshold - moved).sigmoid()
+
+
+def repeat_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `key` and `value` with as many heads as `query`, `[batch, num_heads, num_tokens, head_size]`."""
+    repeats = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
+    """Full causal attention; all three `[batch, num_heads, num_tokens, head_size]`."""
+    if not softcap:
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    future = _future(query.shape[2], key.shape[2], 0, query.device)
+    scores = attention_scores(query, key, scale, softcap).masked_fill(future, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def attention_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+    """Return the scaled, softcapped scores, `[..., num_queries, num_keys]`."""
+    scores = query @ key.transpose(-1, -2)
+    return softcap * torch.tanh(scores * (scale / softcap)) if softcap else scores * scale
+
+
+def _future(num_queries: int, num_keys: int, start: int, device: torch.device) -> torch.Tensor:
+    i = torch.arange(start, start + num_queries, device=device)[:, None]
+    return torch.arange(num_keys, device=device)[None, :] > i
