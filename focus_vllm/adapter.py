@@ -1,7 +1,8 @@
 """The adapter: one safetensors file with what Focus learned for one base model.
 
 Tensors, for each routed layer `i`: `layers.{i}.projection` `[hidden_size, group_dim]`,
-`layers.{i}.centroids` `[num_groups, group_dim]`, `layers.{i}.potential` `[num_groups]`.
+`layers.{i}.centroids` `[num_groups, group_dim]`, `layers.{i}.potential` `[num_groups]`; in version 2, all
+of them may also have `layers.{i}.query_centroids` and `layers.{i}.query_potential` of those shapes.
 Metadata, each a string: `format`, `version`, and as JSON `config` (FocusConfig), `base_model`
 (BaseModel) and `training` (free provenance). docs/adapter.md has an example.
 """
@@ -25,7 +26,8 @@ from focus_vllm.config import FocusConfig
 from focus_vllm.routing import Router
 
 FORMAT = "focus-adapter"
-VERSION = 1
+# 2 brought query centroids; an adapter without them is still written as 1.
+VERSION, SHARED_VERSION = 2, 1
 METADATA_KEYS = {"format", "version", "config", "base_model", "training"}
 HASHED_FIELDS = (
     "model_type",
@@ -112,13 +114,13 @@ def save_adapter(adapter: Adapter, path: str | Path) -> None:
     if reasons := _inconsistencies(adapter):
         raise AdapterError(path, reasons)
     tensors = {
-        f"layers.{index}.{field.name}": getattr(router, field.name).detach().cpu().contiguous()
+        f"layers.{index}.{name}": tensor.detach().cpu().contiguous()
         for index, router in sorted(adapter.layers.items())
-        for field in dataclasses.fields(Router)
+        for name, tensor in router.tensors().items()
     }
     metadata = {
         "format": FORMAT,
-        "version": str(VERSION),
+        "version": str(VERSION if _has_query_centroids(adapter) else SHARED_VERSION),
         "config": json.dumps(adapter.config.to_dict()),
         "base_model": json.dumps(dataclasses.asdict(adapter.base_model)),
         "training": json.dumps(dict(adapter.training)),
@@ -179,11 +181,11 @@ def _parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[FocusConfig, 
         raise AdapterError(
             path, [f"its format is {metadata.get('format')!r}, a Focus adapter's is {FORMAT!r}"]
         )
-    if metadata.get("version") != str(VERSION):
+    if metadata.get("version") not in (str(SHARED_VERSION), str(VERSION)):
         raise AdapterError(
             path,
             [
-                f"its version is {metadata.get('version')!r}, this release reads {VERSION!r}: "
+                f"its version is {metadata.get('version')!r}, this release reads up to {VERSION!r}: "
                 "upgrade focus-vllm or train the adapter again"
             ],
         )
@@ -214,6 +216,7 @@ def _parse_base_model(values: dict[str, Any]) -> BaseModel:
 
 def _parse_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[int, Router], list[str]]:
     names = {field.name for field in dataclasses.fields(Router)}
+    needed = {name for name in names if not name.startswith("query_")}
     found: dict[int, dict[str, torch.Tensor]] = {}
     reasons = []
     for name, tensor in sorted(tensors.items()):
@@ -224,10 +227,14 @@ def _parse_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[int, Router],
             continue
         found.setdefault(int(index), {})[part] = tensor
     for layer, parts in sorted(found.items()):
-        reasons += [f"missing tensor 'layers.{layer}.{part}'" for part in sorted(names - set(parts))]
+        reasons += [f"missing tensor 'layers.{layer}.{part}'" for part in sorted(needed - set(parts))]
     if reasons:
         return {}, reasons
     return {index: Router(**parts) for index, parts in found.items()}, []
+
+
+def _has_query_centroids(adapter: Adapter) -> bool:
+    return any(router.query_centroids is not None for router in adapter.layers.values())
 
 
 def _inconsistencies(adapter: Adapter) -> list[str]:
@@ -236,15 +243,20 @@ def _inconsistencies(adapter: Adapter) -> list[str]:
         "projection": (base.hidden_size, config.group_dim),
         "centroids": (config.num_groups, config.group_dim),
         "potential": (config.num_groups,),
+        "query_centroids": (config.num_groups, config.group_dim),
+        "query_potential": (config.num_groups,),
     }
     reasons = [] if adapter.layers else ["it routes no layer"]
+    queries = {name for name in expected if _has_query_centroids(adapter) or not name.startswith("query_")}
     for index, router in sorted(adapter.layers.items()):
         if index >= base.num_hidden_layers:
             reasons.append(f"layer {index} does not exist: the model has {base.num_hidden_layers}")
         if index in config.dense_layers:
             reasons.append(f"layer {index} is in dense_layers and has tensors")
-        for part, shape in expected.items():
-            tensor = getattr(router, part)
+        tensors = router.tensors()
+        reasons += [f"layers.{index}.{part} is missing" for part in sorted(queries - set(tensors))]
+        for part, tensor in tensors.items():
+            shape = expected[part]
             if tuple(tensor.shape) != shape:
                 reasons.append(
                     f"layers.{index}.{part} has shape {list(tensor.shape)}, expected {list(shape)}"

@@ -41,6 +41,7 @@ SETTINGS_HELP = {
     "precision": "bfloat16 runs the model under autocast",
     "init": "centroids at the start: random, or k-means of hidden states",
     "assignment": "sinkhorn balances groups; softmax shows what happens without",
+    "queries": "own: queries have centroids of their own; shared: those of keys, as in the paper",
     "sharpen": "scores grow by this factor in training, so that groups end as hard as they are served",
     "train_top_k": "groups that a query attends to while training",
     "train_window": "window while training; default: --window",

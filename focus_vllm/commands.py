@@ -22,7 +22,6 @@ from transformers import (
 
 from focus_vllm.adapter import Adapter, AdapterError, BaseModel, load_adapter, save_adapter
 from focus_vllm.config import FocusConfig
-from focus_vllm.routing import Router
 from focus_vllm.training import evaluate as ways
 from focus_vllm.training.checkpoint import Checkpoints
 from focus_vllm.training.data import copy_spans, read_documents, shuffled_tokens
@@ -230,9 +229,13 @@ def _model_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
+def _own_queries(adapter: Adapter) -> bool:
+    return any(router.query_centroids is not None for router in adapter.layers.values())
+
+
 def _num_parameters(adapter: Adapter) -> int:
-    parts = [field.name for field in dataclasses.fields(Router)]
-    return sum(getattr(router, part).numel() for router in adapter.layers.values() for part in parts)
+    routers = adapter.layers.values()
+    return sum(tensor.numel() for router in routers for tensor in router.tensors().values())
 
 
 def _describe(path: Path, adapter: Adapter) -> str:
@@ -245,6 +248,7 @@ def _describe(path: Path, adapter: Adapter) -> str:
         "base model": f"{base.name} ({base.model_type}, "
         f"{base.num_hidden_layers} layers x {base.hidden_size}, "
         f"{base.num_attention_heads} heads, {base.num_key_value_heads} KV heads)",
+        "queries": "centroids of their own" if _own_queries(adapter) else "the keys' centroids",
         "routed layers": " ".join(map(str, sorted(adapter.layers))),
         **{name: str(value) for name, value in config.to_dict().items()},
         "far pairs": f"about {_expected_far_pairs(config):.1%} kept when groups are balanced",

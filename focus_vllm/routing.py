@@ -18,14 +18,28 @@ class Router:
     """C, `[num_groups, group_dim]`."""
     potential: torch.Tensor
     """log v, `[num_groups]`: Sinkhorn's column potentials, frozen after training."""
+    query_centroids: torch.Tensor | None = None
+    """What a token is compared with as a query, `[num_groups, group_dim]`; None takes `centroids`."""
+    query_potential: torch.Tensor | None = None
+    """Added for queries, `[num_groups]`; None with and only with `query_centroids`."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that there are, by field name."""
+        named = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     def fold(self, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the layer as one matrix product: weight `[num_groups, hidden_size]` and bias `[num_groups]`.
 
-        Both float32. `weight @ h + bias` ranks a token's groups as Sinkhorn's limit does.
+        Both float32. `weight @ h + bias` ranks a token's groups as Sinkhorn's limit does. With query
+        centroids, the two have a leading dimension of 2: for keys, then for queries.
         """
         weight = self.centroids.float() @ self.projection.float().T / temperature
-        return weight.contiguous(), self.potential.float().contiguous()
+        bias = self.potential.float()
+        if self.query_centroids is not None and self.query_potential is not None:
+            queries = self.query_centroids.float() @ self.projection.float().T / temperature
+            weight, bias = torch.stack([weight, queries]), torch.stack([bias, self.query_potential.float()])
+        return weight.contiguous(), bias.contiguous()
 
 
 def mask_dtype(num_groups: int) -> torch.dtype:
@@ -67,15 +81,19 @@ def route(
 
     Args:
         hidden: `[num_tokens, hidden_size]`, the input of the layer's QKV projection, any float dtype.
-        weight: `[num_groups, hidden_size]`, float32, from `Router.fold`.
-        bias: `[num_groups]`, float32.
+        weight: `[num_groups, hidden_size]` or `[2, num_groups, hidden_size]`, float32, from `Router.fold`.
+        bias: `[num_groups]` or `[2, num_groups]`, float32.
         key_k: Groups per token as a key.
         top_k: Groups per token as a query.
 
     Returns:
         Bitmasks `(key_groups, query_groups)`, each `[num_tokens]` in `mask_dtype(num_groups)`.
     """
-    scores = torch.nn.functional.linear(hidden.float(), weight, bias)
+    hidden = hidden.float()
+    if bias.dim() == 2:
+        keys, queries = (torch.nn.functional.linear(hidden, *part) for part in zip(weight, bias, strict=True))
+        return top_groups(keys, key_k), top_groups(queries, top_k)
+    scores = torch.nn.functional.linear(hidden, weight, bias)
     key_groups = top_groups(scores, key_k)
     return key_groups, key_groups if top_k == key_k else top_groups(scores, top_k)
 

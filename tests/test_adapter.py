@@ -109,8 +109,44 @@ def test_saved_adapter_is_read_back_exactly(adapter, path):
     assert loaded.training == adapter.training
     assert sorted(loaded.layers) == [0, 2]
     for index, router in adapter.layers.items():
-        for field in dataclasses.fields(Router):
-            assert torch.equal(getattr(loaded.layers[index], field.name), getattr(router, field.name))
+        found = loaded.layers[index].tensors()
+        assert sorted(found) == ["centroids", "potential", "projection"]
+        assert all(torch.equal(found[name], tensor) for name, tensor in router.tensors().items())
+
+
+def with_queries(adapter):
+    """The adapter with centroids of their own for queries."""
+    layers = {
+        index: dataclasses.replace(
+            router, query_centroids=router.centroids + 1, query_potential=router.potential + 1
+        )
+        for index, router in adapter.layers.items()
+    }
+    return dataclasses.replace(adapter, layers=layers)
+
+
+def version_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["version"]
+
+
+def test_query_centroids_are_read_back_and_make_it_version_2(adapter, path):
+    assert version_of(path) == "1"
+    own = with_queries(adapter)
+    save_adapter(own, path)
+    assert version_of(path) == "2"
+    for index, router in load_adapter(path).layers.items():
+        found = router.tensors()
+        assert sorted(found) == sorted(field.name for field in dataclasses.fields(Router))
+        assert all(torch.equal(found[name], part) for name, part in own.layers[index].tensors().items())
+
+
+def test_query_centroids_of_only_some_layers_are_refused(adapter, path):
+    save_adapter(with_queries(adapter), path)
+    rewrite(path, tensors={"layers.2.query_potential": None, "layers.0.query_centroids": None})
+    message = str(refusal(path))
+    assert "layers.2.query_potential is missing" in message
+    assert "layers.0.query_centroids is missing" in message
 
 
 def test_base_model_alone_can_be_read(adapter, path):
@@ -138,9 +174,9 @@ def test_file_of_another_format_is_refused(path):
 
 
 def test_newer_version_is_refused_with_what_to_do(path):
-    rewrite(path, {"version": "2"})
+    rewrite(path, {"version": "3"})
     message = str(refusal(path))
-    assert "its version is '2', this release reads 1" in message
+    assert "its version is '3', this release reads up to 2" in message
     assert "upgrade focus-vllm" in message
 
 

@@ -109,7 +109,7 @@ def test_inspect_prints_what_the_adapter_is(adapter, capsys):
     printed = capsys.readouterr().out
     for part in (
         "tiny-llama (llama, 2 layers x 32",
-        "580 parameters",
+        "648 parameters",
         "top_k",
         "balance",
         "log-gate",

@@ -345,6 +345,19 @@ def test_routing_kernel_chooses_the_groups_of_the_definition(num_groups, key_k, 
     assert not keys[num_tokens:].any()
 
 
+def test_routing_kernel_compares_queries_with_centroids_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(33, 320, generator=generator).half().to(DEVICE)
+    weight = torch.randn(2, 8, 320, generator=generator).to(DEVICE)
+    bias = torch.randn(2, 8, generator=generator).to(DEVICE)
+    keys, queries = (torch.zeros(33, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    route_into(hidden, device_weight(weight, hidden.dtype), bias, keys, queries, 1, 2)
+    expected_keys, expected_queries = route(hidden, weight, bias, 1, 2)
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(queries, expected_queries)
+    assert ((queries & keys) != 0).float().mean() < 0.5
+
+
 def test_hidden_states_that_are_not_numbers_still_get_their_number_of_groups():
     hidden = torch.full((3, 64), float("nan"), device=DEVICE)
     weight = device_weight(torch.ones(8, 64, device=DEVICE), hidden.dtype)

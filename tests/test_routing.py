@@ -64,6 +64,19 @@ def test_folded_layer_ranks_as_projection_centroids_and_potential_do():
     torch.testing.assert_close((hidden @ weight.T + bias).double(), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_queries_with_centroids_of_their_own_choose_by_them():
+    torch.manual_seed(0)
+    hidden, parts = torch.randn(50, 24), [torch.randn(*shape) for shape in ((24, 16), (8, 16), (8,))]
+    keys_alone = Router(*parts)
+    queries_alone = Router(parts[0], torch.randn(8, 16), torch.randn(8))
+    both = Router(*parts, queries_alone.centroids, queries_alone.potential)
+    weight, bias = both.fold(0.1)
+    assert (weight.shape, bias.shape) == ((2, 8, 24), (2, 8))
+    keys, queries = route(hidden, weight, bias, 1, 3)
+    assert torch.equal(keys, route(hidden, *keys_alone.fold(0.1), 1, 1)[0])
+    assert torch.equal(queries, route(hidden, *queries_alone.fold(0.1), 1, 3)[1])
+
+
 def test_half_precision_router_folds_in_float32():
     router = Router(torch.randn(8, 4).half(), torch.randn(2, 4).half(), torch.randn(2).half())
     assert [part.dtype for part in router.fold(0.1)] == [torch.float32, torch.float32]

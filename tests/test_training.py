@@ -319,14 +319,15 @@ def test_gate_that_is_all_near_is_causal_attention_with_and_without_softcap(soft
         )
 
 
-def small_gate(kind, length=21, num_groups=4, **given):
+def small_gate(kind, length=21, num_groups=4, own=False, **given):
     """A gate that has seen random hidden states, and queries, keys and values for it."""
     generator = torch.Generator().manual_seed(0)
     config = FocusConfig(num_groups=num_groups, group_dim=8, window=3, sink=2)
     projection, centroids = (
         torch.randn(*shape, generator=generator).requires_grad_() for shape in ((16, 8), (num_groups, 8))
     )
-    gate = kind(config, projection, centroids, **given)
+    queries = torch.randn(num_groups, 8, generator=generator).requires_grad_(), torch.zeros(num_groups)
+    gate = kind(config, projection, centroids, *(queries if own else ()), **given)
     gate.observe(0.02 * torch.randn(2, length, 16, generator=generator))
     return gate, [torch.randn(2, 2, length, 8, generator=generator) for _ in range(3)]
 
@@ -338,10 +339,11 @@ def pairs_of(length):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("kind", [LogGate, PaperGate])
-def test_gates_are_their_formula_over_all_pairs_at_once(kind, top_k, softcap, monkeypatch):
+def test_gates_are_their_formula_over_all_pairs_at_once(kind, own, top_k, softcap, monkeypatch):
     monkeypatch.setattr(gating, "CPU_QUERIES", 4)
-    gate, (query, key, value) = small_gate(kind, top_k=top_k)
+    gate, (query, key, value) = small_gate(kind, own=own, top_k=top_k)
     output = gate.attend(query, key, value, 0.3, softcap)
     queries, keys = gate.memberships()
     shared = torch.einsum("bic,bjc->bij", queries, keys)
@@ -490,8 +492,7 @@ def run(model, settings=SETTINGS, config=CONFIG, tokens=None, checkpoints=None, 
 
 
 def tensors_of(adapter):
-    fields = [field.name for field in dataclasses.fields(Router)]
-    return [getattr(router, name) for _, router in sorted(adapter.layers.items()) for name in fields]
+    return [part for _, router in sorted(adapter.layers.items()) for part in router.tensors().values()]
 
 
 def test_training_lowers_the_loss():
@@ -536,6 +537,7 @@ def test_every_objective_moves_the_centroids_of_every_family(family, objective):
         {"target": "dense"},
         {"init": "kmeans"},
         {"train_top_k": 2},
+        {"queries": "shared"},
         {"precision": "bfloat16"},
         {"objective": "mass"},
         {"objective": "paper"},
@@ -567,13 +569,15 @@ def test_final_sharpness_is_part_of_the_adapter():
         run(tiny_model(), dataclasses.replace(SETTINGS, steps=1, sharpen=factor)) for factor in (1.0, 5.0)
     )
     for index in plain.layers:
-        torch.testing.assert_close(sharp.layers[index].centroids, 5 * plain.layers[index].centroids)
+        for name in ("centroids", "query_centroids", "query_potential"):
+            ours, theirs = (getattr(made.layers[index], name) for made in (sharp, plain))
+            torch.testing.assert_close(ours, 5 * theirs)
 
 
 def test_groups_collapse_without_sinkhorn_and_hold_with_it():
     shares = {}
     for assignment in ("sinkhorn", "softmax"):
-        settings = dataclasses.replace(SETTINGS, steps=40, assignment=assignment)
+        settings = dataclasses.replace(SETTINGS, steps=40, assignment=assignment, queries="shared")
         record = run(tiny_model(), settings).training
         shares[assignment] = max(record["dominance"].values())
     assert shares["sinkhorn"] < 0.45
@@ -603,6 +607,30 @@ def test_accumulated_passes_are_the_processes_of_several_gpus(tmp_path):
         tensors_of(one), tensors_of(load_adapter(tmp_path / "two.safetensors")), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("queries", ["own", "shared"])
+def test_hard_mask_serves_the_groups_that_were_trained(queries):
+    """The adapter's groups are the gate's best ones, with queries' own centroids and without."""
+    model, tokens = tiny_model(), random_tokens(1, 48)
+    settings = dataclasses.replace(SETTINGS, queries=queries)
+    gates = trainer.new_gates(model, CONFIG, settings)
+    generator = torch.Generator().manual_seed(1)
+    for gate in gates.values():
+        for part in gate.parameters():
+            part.data += 0.05 * torch.randn(part.shape, generator=generator)
+    with attach_layers(model, gates):
+        logits(model, tokens)
+    nothing = {index: torch.zeros(4) for index in gates}
+    way = focus_way(model, CONFIG, trainer.routers_of(gates, nothing))
+    # Only the first routed layer: later hidden states depend on what attention did.
+    mask, gate = way.handlers[1], gates[1]
+    with attach_layers(model, {1: mask}):
+        logits(model, tokens)
+    assert torch.equal(mask.key_groups, top_groups(gate.scores, 1))
+    wanted = gate.scores if queries == "shared" else gate.query_scores
+    assert torch.equal(mask.query_groups, top_groups(wanted, 1))
+    assert torch.equal(mask.query_groups, mask.key_groups) == (queries == "shared")
 
 
 def test_minutes_end_the_training_and_the_learning_rate_with_it(monkeypatch):

@@ -23,12 +23,15 @@ def device_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     With bfloat16 that keeps 16 bits of every weight; the hidden states have 8.
 
     Args:
-        weight: `[num_groups, hidden_size]`, float32.
+        weight: `[num_groups, hidden_size]`, float32; or two of them, `[2, num_groups, hidden_size]`.
         dtype: Of the hidden states. float32 keeps the weight whole.
 
     Returns:
-        `[2 * padded_groups, hidden_size]` in `dtype`: the rounded weight, then what rounding left.
+        `[2 * padded_groups, hidden_size]` in `dtype`: the rounded weight, then what rounding left. Of two
+        weights, both.
     """
+    if weight.dim() == 3:
+        return torch.stack([device_weight(part, dtype) for part in weight])
     padded = _padded(len(weight))
     halves = torch.zeros(2, padded, weight.shape[1], dtype=dtype, device=weight.device)
     halves[0, : len(weight)] = weight.to(dtype)
@@ -114,7 +117,7 @@ def route_into(
     Args:
         hidden: `[num_tokens, hidden_size]`, any float dtype, the last dimension contiguous.
         weight: From `device_weight`, in the dtype of `hidden`.
-        bias: `[num_groups]`, float32.
+        bias: `[num_groups]`, float32, or `[2, num_groups]`: keys and queries have their own centroids.
         key_groups: `[>= num_tokens]` in `mask_dtype(num_groups)`; receives G.
         query_groups: As `key_groups`; receives Q.
         key_k: Groups per token as a key.
@@ -127,6 +130,10 @@ def route_into(
     shortest = min(len(key_groups), len(query_groups))
     if shortest < num_tokens:
         raise ValueError(f"group buffers hold {shortest} tokens, the chunk has {num_tokens}")
+    if bias.dim() == 2:
+        route_into(hidden, weight[0], bias[0], key_groups, key_groups, key_k, key_k)
+        route_into(hidden, weight[1], bias[1], query_groups, query_groups, top_k, top_k)
+        return
     num_groups = len(bias)
     if weight.dtype != hidden.dtype:
         raise ValueError(f"the router's weight is {weight.dtype}, the hidden states are {hidden.dtype}")

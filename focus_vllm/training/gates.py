@@ -10,7 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.routing import sinkhorn
+from focus_vllm.routing import Router, sinkhorn
 
 SINKHORN_ITERATIONS = 10
 MIN_GATE = 1e-6
@@ -31,6 +31,10 @@ class Gate:
     """W_g, `[hidden_size, group_dim]`, float32, trained."""
     centroids: torch.Tensor
     """C, `[num_groups, group_dim]`, float32, trained."""
+    query_centroids: torch.Tensor | None = None
+    """What queries are compared with, `[num_groups, group_dim]`, trained; None takes `centroids`."""
+    query_potential: torch.Tensor | None = None
+    """Added to a query's scores (divided by the temperature), `[num_groups]`, trained; None likewise."""
     top_k: int = 1
     """Groups that a query attends to, softly."""
     balanced: bool = True
@@ -41,6 +45,8 @@ class Gate:
     """Attend as the model itself does."""
     scores: torch.Tensor | None = None
     """Of the last batch, divided by the temperature: `[batch, num_tokens, num_groups]`, float32."""
+    query_scores: torch.Tensor | None = None
+    """Likewise, with the queries' own centroids; None without."""
 
     reads_text: ClassVar[bool] = True
     """Whether the loss is the language model's; else the gates hold it."""
@@ -48,8 +54,11 @@ class Gate:
     def observe(self, hidden: torch.Tensor) -> None:
         """Score `hidden`'s tokens against the centroids."""
         with torch.autocast(hidden.device.type, enabled=False):
-            scores = hidden.float() @ self.projection @ self.centroids.T
-        self.scores = scores * (self.sharpness / self.config.temperature)
+            projected = hidden.float() @ self.projection * (self.sharpness / self.config.temperature)
+            self.scores = projected @ self.centroids.T
+            if self.query_centroids is not None and self.query_potential is not None:
+                potential = self.query_potential * self.sharpness
+                self.query_scores = projected @ self.query_centroids.T + potential
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
@@ -87,6 +96,23 @@ class Gate:
     ) -> torch.Tensor:
         raise NotImplementedError
 
+    def parameters(self) -> list[torch.Tensor]:
+        """Return what is trained."""
+        parts = self.projection, self.centroids, self.query_centroids, self.query_potential
+        return [part for part in parts if part is not None]
+
+    def router(self, potential: torch.Tensor) -> Router:
+        """Return what was learned as the adapter holds it, the sharpness being part of it."""
+        sharp = self.sharpness
+        queries, offsets = self.query_centroids, self.query_potential
+        return Router(
+            self.projection.detach(),
+            self.centroids.detach() * sharp,
+            potential,
+            None if queries is None else queries.detach() * sharp,
+            None if offsets is None else offsets.detach() * sharp,
+        )
+
     def memberships(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return how much each token of the batch is in each group, as a query and as a key.
 
@@ -99,7 +125,14 @@ class Gate:
             scores = scores + potential
         else:
             keys = scores.softmax(dim=-1)
-        queries = keys if self.top_k == 1 else soft_top_k(scores, self.top_k)
+        if self.query_scores is not None:
+            # Nothing balances queries: with balanced keys, the far pairs kept do not depend on them.
+            scores = self.query_scores.flatten(0, 1)
+            queries = scores.softmax(dim=-1)
+        else:
+            queries = keys
+        if self.top_k > 1:
+            queries = soft_top_k(scores, self.top_k)
         return queries.view_as(self.scores), keys.view_as(self.scores)
 
     def near(self, num_queries: int, num_keys: int, start: int, device: torch.device) -> torch.Tensor:

@@ -65,14 +65,14 @@ class HardMask:
 
     config: FocusConfig
     weight: torch.Tensor
-    """`[num_groups, hidden_size]`, float32, from `Router.fold`."""
+    """`[num_groups, hidden_size]` or `[2, num_groups, hidden_size]`, float32, from `Router.fold`."""
     bias: torch.Tensor
-    """`[num_groups]`, float32."""
+    """`[num_groups]` or `[2, num_groups]`, float32."""
     given: tuple[torch.Tensor, torch.Tensor] | None = None
     """`(key_groups, query_groups)` to use instead of routing, `[num_tokens]`, `[batch, num_tokens]`, or
     `[1]` for all tokens."""
     scores: torch.Tensor | None = None
-    """What routing compared, `[batch, num_tokens, num_groups]`, float32."""
+    """What keys were routed by, `[batch, num_tokens, num_groups]`, float32."""
     key_groups: torch.Tensor | None = None
     """G used last, `[batch, num_tokens]`."""
     query_groups: torch.Tensor | None = None
@@ -80,7 +80,8 @@ class HardMask:
 
     def observe(self, hidden: torch.Tensor) -> None:
         """Choose the groups of `hidden`'s tokens."""
-        self.scores = functional.linear(hidden.float(), self.weight, self.bias)
+        keys = (self.weight, self.bias) if self.bias.dim() == 1 else (self.weight[0], self.bias[0])
+        self.scores = functional.linear(hidden.float(), *keys)
         if self.given is None:
             groups = route(hidden, self.weight, self.bias, self.config.key_k, self.config.top_k)
         else:

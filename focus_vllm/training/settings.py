@@ -9,6 +9,7 @@ CHOICES = {
     "target": ("text", "dense"),
     "init": ("random", "kmeans"),
     "assignment": ("sinkhorn", "softmax"),
+    "queries": ("own", "shared"),
     "precision": ("model", "bfloat16"),
     "schedule": ("cosine", "constant"),
 }
@@ -47,6 +48,8 @@ class TrainSettings:
     """Centroids at the start: `random`, or `kmeans` of the text's projected hidden states."""
     assignment: str = "sinkhorn"
     """`sinkhorn` balances the groups; `softmax` is there to show that they collapse without."""
+    queries: str = "own"
+    """Queries choose groups by centroids of their `own`, or by the keys' (`shared`, as in the paper)."""
     sharpen: float = 1.0
     """Scores are multiplied by a factor that grows from 1 to this, so that soft groups end as hard ones."""
     train_top_k: int = 1

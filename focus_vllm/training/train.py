@@ -128,23 +128,31 @@ def new_gates(model: PreTrainedModel, config: FocusConfig, settings: TrainSettin
             config,
             projection.to(device).requires_grad_(),
             centroids.to(device).requires_grad_(),
+            *_query_parts(centroids.to(device), settings),
             top_k=settings.train_top_k,
             balanced=settings.assignment == "sinkhorn",
         )
     return gates
 
 
+def _query_parts(
+    centroids: torch.Tensor, settings: TrainSettings
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Start queries where keys start, so that a token first looks for its like."""
+    if settings.queries == "shared":
+        return None, None
+    potential = torch.zeros(len(centroids), device=centroids.device)
+    return centroids.detach().clone().requires_grad_(), potential.requires_grad_()
+
+
 def parameters_of(gates: Mapping[int, Gate]) -> list[torch.Tensor]:
     """Return what is trained, in the order of the layers."""
-    return [part for gate in gates.values() for part in (gate.projection, gate.centroids)]
+    return [part for gate in gates.values() for part in gate.parameters()]
 
 
 def routers_of(gates: Mapping[int, Gate], potentials: Mapping[int, torch.Tensor]) -> dict[int, Router]:
-    """Return what the gates learned as the adapter holds it: the final sharpness is in the centroids."""
-    return {
-        index: Router(gate.projection.detach(), gate.centroids.detach() * gate.sharpness, potentials[index])
-        for index, gate in gates.items()
-    }
+    """Return what the gates learned as the adapter holds it."""
+    return {index: gate.router(potentials[index]) for index, gate in gates.items()}
 
 
 @torch.no_grad()
@@ -168,7 +176,9 @@ def cluster_centroids(
             members = functional.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)).float()
             counts = members.sum(dim=0)[:, None]
             centres = torch.where(counts > 0, members.T @ points / counts.clamp_min(1), centres)
-        gate.centroids.copy_(functional.normalize(centres, dim=1) * gate.config.temperature)
+        for part in (gate.centroids, gate.query_centroids):
+            if part is not None:
+                part.copy_(functional.normalize(centres, dim=1) * gate.config.temperature)
 
 
 def optimise(
