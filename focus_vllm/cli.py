@@ -40,7 +40,7 @@ SETTINGS_HELP = {
     "seed": "the same seed gives the same run",
     "precision": "bfloat16 runs the model under autocast",
     "init": "centroids at the start: random, or k-means of hidden states",
-    "assignment": "sinkhorn balances groups; softmax shows what happens without",
+    "sinkhorn": "iterations that balance the groups; 0: softmax, to see them collapse",
     "queries": "own: queries have centroids of their own; shared: those of keys, as in the paper",
     "sharpen": "scores grow by this factor in training, so that groups end as hard as they are served",
     "train_top_k": "groups that a query attends to while training",

@@ -576,12 +576,12 @@ def test_final_sharpness_is_part_of_the_adapter():
 
 def test_groups_collapse_without_sinkhorn_and_hold_with_it():
     shares = {}
-    for assignment in ("sinkhorn", "softmax"):
-        settings = dataclasses.replace(SETTINGS, steps=40, assignment=assignment, queries="shared")
+    for iterations in (10, 0):
+        settings = dataclasses.replace(SETTINGS, steps=40, sinkhorn=iterations, queries="shared")
         record = run(tiny_model(), settings).training
-        shares[assignment] = max(record["dominance"].values())
-    assert shares["sinkhorn"] < 0.45
-    assert shares["softmax"] > shares["sinkhorn"] + 0.1
+        shares[iterations] = max(record["dominance"].values())
+    assert shares[10] < 0.45
+    assert shares[0] > shares[10] + 0.1
 
 
 def test_accumulated_passes_are_the_processes_of_several_gpus(tmp_path):

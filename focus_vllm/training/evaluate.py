@@ -19,6 +19,7 @@ from focus_vllm.training.probes import Probe, Score, score_probes
 from focus_vllm.training.yardsticks import MassMeter, OracleMask, RandomMask
 
 RECALL_TOKENS = 64
+MASS_SEQUENCES = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Quality:
     """By task."""
     mass: float | None = None
     """Share of the dense model's attention that the mask keeps, mean over layers, heads and queries that have
-    far keys; None for dense and the oracle."""
+    far keys, of the first sequences; None for dense and the oracle."""
     balance: float | None = None
     """The largest group's share of these tokens, in the worst layer; None without groups."""
 
@@ -96,12 +97,15 @@ def focus(name: str, model: PreTrainedModel, config: FocusConfig, layers: Mappin
 def local(model: PreTrainedModel, config: FocusConfig, keys_per_query: float, num_tokens: int) -> Way:
     """No groups: the window that reads `keys_per_query` keys over `num_tokens` tokens, and the same sinks."""
     window = window_for(keys_per_query, config, num_tokens)
-    device = next(model.parameters()).device
-    nobody = torch.zeros(1, dtype=torch.uint8, device=device)
-    changed = dataclasses.replace(config, window=window)
+    return window_alone(model, dataclasses.replace(config, window=window))
+
+
+def window_alone(model: PreTrainedModel, config: FocusConfig) -> Way:
+    """No groups: `config`'s window and sinks."""
     weight, bias = _no_router(model, config)
-    mask = {index: HardMask(changed, weight, bias, (nobody, nobody)) for index in _indices(model, config)}
-    return Way(name=f"local window {window} + {config.sink} sinks", config=changed, handlers=mask)
+    nobody = torch.zeros(1, dtype=torch.uint8, device=weight.device)
+    masks = {index: HardMask(config, weight, bias, (nobody, nobody)) for index in _indices(model, config)}
+    return Way(name=f"local window {config.window} + {config.sink} sinks", config=config, handlers=masks)
 
 
 def random_groups(model: PreTrainedModel, config: FocusConfig, seed: int = 0) -> Way:
@@ -197,7 +201,7 @@ def _mass(model: PreTrainedModel, way: Way, sequences: torch.Tensor) -> float | 
         return None
     meters = {index: MassMeter(mask) for index, mask in masks.items()}
     with attach_layers(model, meters):
-        for row in sequences:
+        for row in sequences[:MASS_SEQUENCES]:
             model(input_ids=row[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
     kept = [meter.kept / meter.measured for meter in meters.values() if meter.measured]
     return sum(kept) / len(kept) if kept else None

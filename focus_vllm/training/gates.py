@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from focus_vllm.config import FocusConfig
 from focus_vllm.routing import Router, sinkhorn
 
-SINKHORN_ITERATIONS = 10
 MIN_GATE = 1e-6
 # Queries at a time. On one core, demo-10m at 2,048 tokens trains at 2.7 s a step with 128 and at 3.8 s with
 # 1024 (2026-11-24); a GPU wants few, large calls.
@@ -37,8 +36,8 @@ class Gate:
     """Added to a query's scores (divided by the temperature), `[num_groups]`, trained; None likewise."""
     top_k: int = 1
     """Groups that a query attends to, softly."""
-    balanced: bool = True
-    """Sinkhorn; else softmax."""
+    sinkhorn_iterations: int = 10
+    """0 gives a softmax."""
     sharpness: float = 1.0
     """What the scores are multiplied by."""
     dense: bool = False
@@ -120,11 +119,8 @@ class Gate:
         """
         assert self.scores is not None
         scores = self.scores.flatten(0, 1)
-        if self.balanced:
-            keys, potential = sinkhorn(scores, SINKHORN_ITERATIONS)
-            scores = scores + potential
-        else:
-            keys = scores.softmax(dim=-1)
+        keys, potential = sinkhorn(scores, self.sinkhorn_iterations)
+        scores = scores + potential
         if self.query_scores is not None:
             # Nothing balances queries: with balanced keys, the far pairs kept do not depend on them.
             scores = self.query_scores.flatten(0, 1)

@@ -8,7 +8,6 @@ CHOICES = {
     "objective": ("log-gate", "mass", "paper"),
     "target": ("text", "dense"),
     "init": ("random", "kmeans"),
-    "assignment": ("sinkhorn", "softmax"),
     "queries": ("own", "shared"),
     "precision": ("model", "bfloat16"),
     "schedule": ("cosine", "constant"),
@@ -46,8 +45,8 @@ class TrainSettings:
     """`bfloat16` runs the model under autocast; groups are scored in float32 in any case."""
     init: str = "random"
     """Centroids at the start: `random`, or `kmeans` of the text's projected hidden states."""
-    assignment: str = "sinkhorn"
-    """`sinkhorn` balances the groups; `softmax` is there to show that they collapse without."""
+    sinkhorn: int = 10
+    """Iterations that balance the groups; with 0 the assignment is a softmax, and they collapse."""
     queries: str = "own"
     """Queries choose groups by centroids of their `own`, or by the keys' (`shared`, as in the paper)."""
     sharpen: float = 1.0
@@ -73,6 +72,7 @@ class TrainSettings:
             "accumulate": 1,
             "seq_len": 2,
             "seed": 0,
+            "sinkhorn": 0,
             "sharpen": 1,
             "train_top_k": 1,
             "copy_spans": 0,

@@ -130,7 +130,7 @@ def new_gates(model: PreTrainedModel, config: FocusConfig, settings: TrainSettin
             centroids.to(device).requires_grad_(),
             *_query_parts(centroids.to(device), settings),
             top_k=settings.train_top_k,
-            balanced=settings.assignment == "sinkhorn",
+            sinkhorn_iterations=settings.sinkhorn,
         )
     return gates
 
