@@ -139,17 +139,19 @@ def _adapter(
     name: str, num_groups: int, top_ks: Sequence[int], windows: Sequence[int], **changes: Any
 ) -> Unit:
     """An adapter to train, and the settings under which to measure it."""
-    config = {name: changes.pop(name) for name in ("group_dim", "temperature", "key_k") if name in changes}
+    given = ("group_dim", "temperature", "key_k")
+    own: dict[str, Any] = {key: changes.pop(key) for key in given if key in changes}
     settings = {
         "steps": 600,
         "batch_size": 2,
         "seq_len": 4096,
         "copy_spans": 4,
         "train_window": 512,
+        "sharpen": 2.0,
         **changes,
     }
     serve = [{"top_k": top_k, "window": window} for window in windows for top_k in top_ks]
-    config = {"num_groups": num_groups, "window": windows[0], "top_k": top_ks[0], "dense_below": 0, **config}
+    config = {"num_groups": num_groups, "window": windows[0], "top_k": top_ks[0], "dense_below": 0, **own}
     return {"kind": "adapter", "name": name, "config": config, "settings": settings, "serve": serve}
 
 
@@ -282,7 +284,8 @@ def _load_model(path: str) -> PreTrainedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = True
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 class Bench:

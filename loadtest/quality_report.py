@@ -32,9 +32,9 @@ def frontier(results: Sequence[Row]) -> list[Row]:
     for unit in results:
         if unit["kind"] not in ("adapter", "local", "yardsticks"):
             continue
-        for row in unit["rows"]:
-            groups.setdefault(_name(unit, row), []).append(row)
-    rows = []
+        for measured in unit["rows"]:
+            groups.setdefault(_name(unit, measured), []).append(measured)
+    rows: list[Row] = []
     for name, found in groups.items():
         row: Row = {"name": name, "seeds": len(found), "local": name.startswith("local")}
         row["far"] = statistics.mean(part["books"]["far_pairs"] for part in found)
@@ -142,7 +142,7 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
                 axes.errorbar(row["keys"], middle, spread, fmt="o", label=row["name"])
         axes.axhline(0, color="grey", linewidth=0.5)
         axes.set(xlabel="keys per query", ylabel=label)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize="x-small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 
