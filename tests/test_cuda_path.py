@@ -60,15 +60,16 @@ VLLM_CONFIG = SimpleNamespace(
 )
 
 
-def metadata_of(backend: Any, batch: PagedBatch, config: FocusConfig | None, slots: torch.Tensor) -> Any:
+def metadata_of(
+    backend: Any, batch: PagedBatch, config: FocusConfig | None, slots: torch.Tensor, capacity: Any = None
+) -> Any:
     """What the builder adds to vLLM's metadata."""
     builder = object.__new__(backend.FocusFlashAttentionMetadataBuilder)
-    builder.focus_config = config
+    builder.focus_config, builder.capacity = config, capacity
     builder.device = torch.device(DEVICE)
     builder.num_heads_q, builder.num_heads_kv = batch.query.shape[1], batch.cache.shape[2]
     builder.first_decode = torch.arange(9, dtype=torch.int32, device=DEVICE)
     builder.progress = Progress.zeros(8, builder.device)
-    builder.vllm_config = VLLM_CONFIG
     common = SimpleNamespace(
         max_seq_len=max(batch.seq_lens),
         max_query_len=max(batch.query_lens),
@@ -126,7 +127,7 @@ def forward(
     """Run a routed layer; return its output and what it counted."""
     slots = new_slots(batch)
     impl = layer_of(backend, batch, slots, **changes)
-    metadata = metadata_of(backend, batch, batch.config, slots)
+    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity())
     out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
     cache = batch.cache.transpose(1, 2)
     if cache.dtype.itemsize == 1:
@@ -270,14 +271,15 @@ def test_scratch_buffers_are_as_large_as_documented(backend, groups, copied):
     copies = top_k if key_k == 1 else 1
     rows = max(tokens, 1024 * copies)
     near = -(-(config.sink + config.window + rows) // 32) * 32 if lists[groups] else 0
-    index = 0
+    index = entries = 0
     if lists[groups]:
+        entries = lists[groups] * length if copied else max(lists[groups] * length, 2**24)
         segments, padded = near // 544, {5: 8, 6: 8, 28: 32}.get(lists[groups], lists[groups])
-        tiles = length // 1024 + rows // copies // 128 + 2 * segments
+        tiles = entries // lists[groups] // 4 * 4 // 1024 + rows // copies // 128 + 2 * segments
         sequences = (rows // copies // 1024 + segments) * lists[groups]
         parts = (tiles * padded, sequences + 1, sequences, tokens * copies)
         index = sum(-(-part // 64) * 64 for part in parts)
-    prefill = 4 * lists[groups] * length + 4 * index + 2 * rows * heads * size * 2
+    prefill = 4 * entries + 4 * index + 2 * rows * heads * size * 2
     prefill += 2 * near * kv_heads * size * 2 + near * 32 * 2
     bf16 = torch.bfloat16
     assert nbytes(capacity.prefill_buffers((heads, kv_heads, size), bf16, bf16)) == prefill

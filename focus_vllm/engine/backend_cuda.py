@@ -67,7 +67,9 @@ from focus_vllm.kernels.warmup import compile_kernels
 
 LIST_BYTES = 256 * 2**20
 """What decode lists may take: 64 requests of 1M tokens or 512 of 128K in one FlashAttention call. Beyond that
-a step takes several. Prefill's lists use the same memory."""
+a step takes several."""
+PREFILL_LIST_BYTES = 64 * 2**20
+"""What prefill lists take at least: with 8 groups, chunks of requests of 2M tokens together in one wave."""
 GATHER_BYTES = 512 * 2**20
 """What copied keys may take where lists cannot be read in place; at least one request always fits."""
 
@@ -124,15 +126,16 @@ class Capacity:
         rows = max(tokens, BLOCK_QUERIES * copies)
         near = near_keys(config, rows)
         (decode_rows, _), _ = decode_scratch_shapes(scheduler.max_num_seqs, max_model_len, LIST_BYTES)
-        gather = 0, 0
+        lists, gather = list_capacity(config, max_model_len, PREFILL_LIST_BYTES // 4), (0, 0)
         if gather_token_bytes:
+            lists = list_capacity(config, max_model_len)  # what is listed is copied
             fitting = GATHER_BYTES // (gather_token_bytes * PAGE) // math.ceil(max_model_len / PAGE)
             decode_rows = max(1, min(decode_rows, fitting))
             segments, blocks = most_segments(config, near), rows // copies // BLOCK_QUERIES + 1
             gather = gather_shapes(num_lists, segments, blocks, decode_rows, max_model_len)
         return cls(
-            lists=list_capacity(config, max_model_len),
-            index=index_capacity(config, max_model_len, tokens, rows, near),
+            lists=lists,
+            index=index_capacity(config, lists // max(num_lists, 1), tokens, rows, near),
             rows=rows,
             near=near,
             decode_rows=decode_rows,
@@ -202,9 +205,10 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         context = vllm_config.compilation_config.static_forward_context
-        focuses = [context[name].impl.focus for name in layer_names]
-        configs = [focus.config for focus in focuses if focus is not None]
-        self.focus_config = configs[0] if configs else None
+        impls = [context[name].impl for name in layer_names]
+        routed = next((impl for impl in impls if impl.focus is not None), None)
+        self.focus_config = routed.focus.config if routed else None
+        self.capacity = routed.scratch_capacity() if routed else None
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
         most = max(scheduler.max_num_seqs, graphs.max_cudagraph_capture_size or 0)
         self.first_decode = torch.arange(most + 1, dtype=torch.int32, device=device)
@@ -234,7 +238,8 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(common, 1)
         if num_prefills == 0:
             return FocusBatch(num_decodes, None, [], self.first_decode, self.progress)
-        capacity = Capacity.of(config, self.vllm_config)
+        capacity = self.capacity
+        assert capacity is not None
         chunks = _prefill_chunks(common, num_decodes)
         waves = plan_waves(
             [routed for chunk in chunks if (routed := chunk.routed(config.dense_below))],
@@ -410,7 +415,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         dtype = self._cache_dtype(dtype)
         return 2 * self.num_kv_heads * self.head_size * dtype.itemsize
 
-    def _capacity(self) -> Capacity:
+    def scratch_capacity(self) -> Capacity:
+        """Return the sizes of this layer's scratch buffers, which are those of every routed layer."""
         assert self.focus is not None
         assert self.vllm_config is not None
         if self.capacity is None:
@@ -421,7 +427,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
     def _prefill_scratch(
         self, query: torch.Tensor, out: torch.Tensor
     ) -> tuple[PrefillScratch, GatherScratch | None]:
-        capacity, heads = self._capacity(), (query.shape[1], self.num_kv_heads, query.shape[2])
+        capacity, heads = self.scratch_capacity(), (query.shape[1], self.num_kv_heads, query.shape[2])
         buffers = capacity.prefill_buffers(heads, query.dtype, out.dtype)
         (lists, index, sorted_query, sorted_out, *near), gather = self._workspace(buffers, out.dtype)
         return PrefillScratch(lists, index, sorted_query, sorted_out, NearKeys(*near)), gather
@@ -429,13 +435,15 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
     def _decode_scratch(
         self, first_decode: torch.Tensor, progress: Progress, dtype: torch.dtype
     ) -> tuple[DecodeScratch, GatherScratch | None]:
-        (lists, list_lens), gather = self._workspace(self._capacity().decode_buffers(), dtype)
+        (lists, list_lens), gather = self._workspace(self.scratch_capacity().decode_buffers(), dtype)
         return DecodeScratch(lists, list_lens, first_decode, progress), gather
 
     def _workspace(
         self, buffers: Buffers, dtype: torch.dtype
     ) -> tuple[list[torch.Tensor], GatherScratch | None]:
-        gather = self._capacity().gather_buffers(self.num_kv_heads, self.head_size, self._cache_dtype(dtype))
+        gather = self.scratch_capacity().gather_buffers(
+            self.num_kv_heads, self.head_size, self._cache_dtype(dtype)
+        )
         tensors = current_workspace_manager().get_simultaneous(*buffers, *gather)
         copies = tensors[len(buffers) :]
         return tensors[: len(buffers)], GatherScratch(*copies) if copies else None

@@ -243,19 +243,20 @@ def _row_length(keys: int) -> int:
     return -(-keys // 4) * 4
 
 
-def list_capacity(config: FocusConfig, max_model_len: int) -> int:
-    """Return how many list entries serve any single request."""
-    return len(signatures(config)) * _row_length(max_model_len)
+def list_capacity(config: FocusConfig, max_model_len: int, at_least: int = 0) -> int:
+    """Return how many list entries serve any single request, and `at_least`; 0 if there are no lists."""
+    num_lists = len(signatures(config))
+    return max(num_lists * _row_length(max_model_len), at_least if num_lists else 0)
 
 
 def index_capacity(
-    config: FocusConfig, max_model_len: int, max_tokens: int, row_capacity: int, near_capacity: int
+    config: FocusConfig, max_keys: int, max_tokens: int, row_capacity: int, near_capacity: int
 ) -> int:
     """Return how many int32 of `PrefillScratch.index` serve any wave of any step.
 
     Args:
         config: The mask's settings.
-        max_model_len: Longest request.
+        max_keys: Of a wave's requests together, which the lists hold.
         max_tokens: Most tokens in a step.
         row_capacity: As `plan_waves`'s.
         near_capacity: As `plan_waves`'s.
@@ -264,7 +265,7 @@ def index_capacity(
     if not num_lists:
         return 0
     segments = most_segments(config, near_capacity)
-    key_tiles = _row_length(max_model_len) // KEY_TILE + segments
+    key_tiles = _row_length(max_keys) // KEY_TILE + segments
     query_tiles = row_capacity // copies // QUERY_TILE + segments
     sequences = (row_capacity // copies // BLOCK_QUERIES + segments) * num_lists
     return sum(index_sizes(key_tiles + query_tiles, num_lists, sequences, max_tokens * copies))
