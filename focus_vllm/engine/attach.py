@@ -204,12 +204,11 @@ def _hook(projection: nn.Module, layer: LayerFocus) -> None:
     key_k, top_k = layer.config.key_k, layer.config.top_k
 
     def route_tokens(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if layer.deferred is not None and layer.deferred.keep(layer.deferred_row, args[0]):
+            return
         hidden = args[0].flatten(0, -2)  # vLLM's Transformers backend has a batch dimension of 1
-        arguments = (hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k)
-        if torch.compiler.is_compiling():
-            torch.ops.focus.route(*arguments)
-        elif not (layer.deferred and layer.deferred.keep(layer.deferred_row, hidden)):
-            _route_op(*arguments)
+        route = torch.ops.focus.route if torch.compiler.is_compiling() else _route_op
+        route(hidden, layer.weight, layer.bias, layer.key_groups, layer.query_groups, key_k, top_k)
 
     def wait_for_routing(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         projected = output[0] if isinstance(output, tuple) else output

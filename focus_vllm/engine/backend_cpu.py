@@ -136,6 +136,7 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.deferred = DeferredRouting(self.layers, self.dtype) if self.layers and eager else None
         # A block's tokens are written in order, so each step either keeps this true or makes it false.
         self.has_rows = torch.zeros(vllm_config.cache_config.num_gpu_blocks, dtype=torch.bool)
+        self.any_rows = False
 
     def build(
         self,
@@ -148,34 +149,48 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if not self.layers:
             return metadata
         metadata.new_slots = slots = stock.slot_mapping[: stock.num_actual_tokens].long()
+        if common_attn_metadata.max_seq_len <= self.dense_below:
+            self._dense_step(metadata, common_attn_metadata)
+            return metadata
+        if self.deferred:
+            self.deferred.flush()
         spans = _Spans.of(common_attn_metadata)
         routed = spans.ends > self.dense_below
-        any_routed = bool(routed.any())
-        if self.deferred:
-            decodes_only = common_attn_metadata.max_query_len == 1
-            metadata.deferred = decodes_only and not any_routed and self.deferred.begin_step(slots)
-            if not metadata.deferred:
-                self.deferred.flush()
-        self._count_dense(spans)
-        if not any_routed:
-            self.has_rows[slots // self.block_size] = False
-            return metadata
         without_rows = torch.from_numpy(np.repeat(~routed, spans.ends - spans.begins))
         self.has_rows[slots[without_rows] // self.block_size] = False
         metadata.routed, metadata.unpack = self._routed(common_attn_metadata, spans, routed)
         metadata.dense = self._dense(common_attn_metadata, spans)
+        self._count_dense(spans)
         return metadata
 
+    def _dense_step(self, metadata: FocusCPUMetadata, common: CommonAttentionMetadata) -> None:
+        """Prepare for a batch without routed queries: what a small model does thousands of times a second."""
+        slots = metadata.new_slots
+        if self.any_rows:
+            self.has_rows[slots // self.block_size] = False
+        if common.max_query_len > 1:
+            self._count_dense(_Spans.of(common))
+        else:
+            self._count("decode", int(common.seq_lens.sum()))
+            if self.deferred and self.deferred.begin_step(slots):
+                metadata.deferred = True
+                return
+        if self.deferred:
+            self.deferred.flush()
+
     def _count_dense(self, spans: _Spans) -> None:
-        ends = np.clip(self.dense_below, spans.begins, spans.ends)
-        pairs = _causal_pairs(spans.begins, ends) * len(self.layers)
-        for phase, chosen in (("prefill", ~spans.decodes), ("decode", spans.decodes)):
-            if number := int(pairs[chosen].sum()):
-                self.layers[0].counts.add(phase, number, number)
+        pairs = _causal_pairs(spans.begins, np.clip(self.dense_below, spans.begins, spans.ends))
+        self._count("prefill", int(pairs[~spans.decodes].sum()))
+        self._count("decode", int(pairs[spans.decodes].sum()))
+
+    def _count(self, phase: str, pairs: int) -> None:
+        pairs *= len(self.layers)
+        self.layers[0].counts.add(phase, pairs, pairs)
 
     def _routed(
         self, common: CommonAttentionMetadata, spans: _Spans, routed: np.ndarray
     ) -> tuple[list[RoutedQueries], list[int]]:
+        self.any_rows = True
         queries, unpack = [], []
         offsets = torch.arange(self.block_size)
         for request in np.flatnonzero(routed):

@@ -46,10 +46,13 @@ class DeferredRouting:
 
     def keep(self, row: int, hidden: torch.Tensor) -> bool:
         """Take one layer's hidden states in a step that was begun; False if it must route them itself."""
-        target, self._targets[row] = self._targets[row], None  # once: dummy runs begin no step
+        target = self._targets[row]
         if target is None:
             return False
-        target.copy_(hidden[: len(target)])
+        self._targets[row] = None  # once: dummy runs begin no step
+        if hidden.shape != target.shape:  # padding, or a batch dimension
+            hidden = hidden.flatten(0, -2)[: len(target)]
+        target.copy_(hidden)
         return True
 
     def flush(self) -> None:
