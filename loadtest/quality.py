@@ -39,7 +39,7 @@ from focus_vllm.training.train import optimise, train
 
 TEXT_SEED = 1234
 LONG, WHOLE, SHORT = 16_384, 8192, 4096
-TRAIN_TOKENS, BOOK_TOKENS = 6_000_000, 2_000_000
+TRAIN_TOKENS, BOOK_TOKENS = 4_000_000, 1_200_000
 SEQUENCES = {"books": 16, "wikipedia": 8, "code": 8}
 PROBES = 8
 LOCAL_WINDOWS = (256, 512, 768, 1024, 1280, 1536, 2048, 2560, 3072)
@@ -382,7 +382,7 @@ def _run_lora(bench: Bench, unit: Unit) -> dict[str, Any]:
 
     before = bench.losses(ways.dense())
     model, settings = bench.model, bench.settings(unit)
-    wrapped: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    wrapped: Any = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
     optimise(model, bench.text["train_books"], {}, settings, optimizer, progress=False)

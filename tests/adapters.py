@@ -14,7 +14,9 @@ from focus_vllm.routing import Router
 DEMO = Path(__file__).parent.parent / "focus_vllm" / "demo" / "model"
 
 
-def random_adapter(model: Path, path: Path, layers: list[int] | None = None, **config) -> Path:
+def random_adapter(
+    model: Path, path: Path, layers: list[int] | None = None, own_queries: bool = False, **config
+) -> Path:
     """Write an adapter of random routers for a model folder and return its path."""
     base = AutoConfig.from_pretrained(model)
     focus = FocusConfig(**{"window": 128, "dense_below": 256, **config})
@@ -30,6 +32,7 @@ def random_adapter(model: Path, path: Path, layers: list[int] | None = None, **c
             normal(hidden_size, focus.group_dim) / hidden_size**0.5,
             normal(focus.num_groups, focus.group_dim),
             torch.zeros(focus.num_groups),
+            *((normal(focus.num_groups, focus.group_dim), normal(focus.num_groups)) if own_queries else ()),
         )
         for index in routed
     }

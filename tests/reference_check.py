@@ -24,7 +24,7 @@ def check_against_reference(hf_model, adapter, overrides, output, groups):
         expected = prompt_logprobs(hf_model, computed)
         for index, (stored_keys, stored_queries) in groups.items():
             check_routing(layers[index].scores[0], stored_keys, config.key_k)
-            check_routing(layers[index].scores[0], stored_queries, config.top_k)
+            check_routing(layers[index].query_scores[0], stored_queries, config.top_k)
     actual = logprobs(output)[:-1]
     compared = ~actual.isnan()
     assert compared.sum() >= len(output.outputs[0].token_ids) - 1

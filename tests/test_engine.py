@@ -49,6 +49,16 @@ def test_a_mask_that_keeps_every_pair_equals_stock_vllm(adapter, overrides):
     assert counts["selected_tokens"] == counts["candidate_tokens"]
 
 
+def test_queries_with_centroids_of_their_own_are_served_by_them(hf_model, monkeypatch, tmp_path):
+    adapter = random_adapter(DEMO, tmp_path / "focus.safetensors", own_queries=True)
+    with engine(DEMO, {"adapter": str(adapter)}) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        output = generate(llm, [prompt(1511)], max_tokens=20)[0]
+    groups = stored.of(output)
+    assert any(not torch.equal(keys, queries) for keys, queries in groups.values())
+    check_against_reference(hf_model, adapter, {}, output, groups)
+
+
 @pytest.mark.parametrize(("key_k", "top_k", "num_tokens"), [(1, 1, 8000), (1, 2, 5003), (2, 2, 3000)])
 def test_prompt_logprobs_equal_the_reference(adapter, hf_model, monkeypatch, key_k, top_k, num_tokens):
     overrides = {"key_k": key_k, "top_k": top_k}

@@ -73,6 +73,8 @@ class HardMask:
     `[1]` for all tokens."""
     scores: torch.Tensor | None = None
     """What keys were routed by, `[batch, num_tokens, num_groups]`, float32."""
+    query_scores: torch.Tensor | None = None
+    """What queries were routed by, likewise."""
     key_groups: torch.Tensor | None = None
     """G used last, `[batch, num_tokens]`."""
     query_groups: torch.Tensor | None = None
@@ -80,8 +82,11 @@ class HardMask:
 
     def observe(self, hidden: torch.Tensor) -> None:
         """Choose the groups of `hidden`'s tokens."""
-        keys = (self.weight, self.bias) if self.bias.dim() == 1 else (self.weight[0], self.bias[0])
-        self.scores = functional.linear(hidden.float(), *keys)
+        own = self.bias.dim() == 2
+        keys = (self.weight[0], self.bias[0]) if own else (self.weight, self.bias)
+        self.scores = self.query_scores = functional.linear(hidden.float(), *keys)
+        if own:
+            self.query_scores = functional.linear(hidden.float(), self.weight[1], self.bias[1])
         if self.given is None:
             groups = route(hidden, self.weight, self.bias, self.config.key_k, self.config.top_k)
         else:
