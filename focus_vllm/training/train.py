@@ -365,7 +365,7 @@ def calibrate(
     device = next(model.parameters()).device
     with attach_layers(model, gates):
         for batch in sample.split(settings.batch_size):  # type: ignore[no-untyped-call]
-            model(input_ids=batch.to(device), use_cache=False)
+            model(input_ids=batch.to(device), use_cache=False, logits_to_keep=1)
             for index, gate in gates.items():
                 assert gate.scores is not None
                 scores[index].append(gate.scores.flatten(0, 1))
