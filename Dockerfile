@@ -32,7 +32,7 @@ USER 10001
 WORKDIR /adapters
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=10s --start-period=5m \
-    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/health')"]
+    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/livez')"]
 ENTRYPOINT ["focus-serve"]
 
 FROM vllm/vllm-openai:v0.26.0 AS gpu
@@ -45,5 +45,5 @@ WORKDIR /adapters
 EXPOSE 8000
 # Loading 70B weights from a network disk takes that long.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60m \
-    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/health')"]
+    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://localhost:8000/livez')"]
 ENTRYPOINT ["focus-serve"]

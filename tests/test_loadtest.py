@@ -15,6 +15,7 @@ from loadtest.__main__ import RESULTS, length, main
 from loadtest.advise import Measured, classify, read_trace
 from loadtest.capacity import SIDES, fit, scale
 from loadtest.charts import bars, lines
+from loadtest.parallel import differences
 from loadtest.report import render
 from loadtest.scenarios import Plan, conversation
 
@@ -181,3 +182,14 @@ def test_the_report_shows_the_numbers_and_needs_nothing_from_elsewhere() -> None
     for shown in ("0.8", "0.4", "9", "3"):
         assert f"<td>{shown}</td>" in page
     assert not re.search(r"(src|href)=|url\(|@import|<script", page)
+
+
+def test_workers_that_differ_are_told_from_those_that_agree() -> None:
+    alone = {"tokens": [[1], [2], [3]], "groups": [{"0": "a"}]}
+    same = {"tokens": [[1], [2], [3]], "groups": [{"0": "a"}, {"0": "a"}]}
+    assert differences(alone, same) == []
+    other_token, other_group = differences(
+        alone, {"tokens": [[1], [2], [4]], "groups": [{"0": "a"}, {"0": "b"}]}
+    )
+    assert "5000 tokens" in other_token
+    assert "worker 1" in other_group
