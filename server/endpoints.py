@@ -7,12 +7,14 @@ import json
 import logging
 import os
 import shlex
+import traceback
 from argparse import Namespace
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY, CollectorRegistry
 from pydantic import BaseModel
 from starlette.datastructures import State
@@ -115,6 +117,9 @@ class FocusEndpointPlugin:
         self._traffic = app.state.traffic = Traffic(GateMetrics(self._registry))
         self._lifecycle = Lifecycle(self._traffic, self._settings)
         app.include_router(self._lifecycle.router())
+        # vLLM turns ValueError and TypeError into 400, but its checks of a body raise these as well.
+        for error in (AttributeError, LookupError):
+            app.add_exception_handler(error, _answer_wrong_body)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Check that the workers run Focus, and watch them and the requests from now on.
@@ -201,6 +206,14 @@ async def _ask_workers(client: WorkerClient) -> FocusInfo:
         dense_layers=sorted({layer for worker in running for layer in worker["dense_layers"]}),
         config=first["config"],
     )
+
+
+async def _answer_wrong_body(request: Request, error: Exception) -> JSONResponse:
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if "solve_dependencies" not in names:
+        raise error
+    content = {"message": f"the request's body is wrong: {error}", "type": "BadRequestError", "param": None}
+    return JSONResponse({"error": {**content, "code": 400}}, 400)
 
 
 def _list_adapter(models: Any, info: FocusInfo) -> None:

@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from functools import partial
+from ipaddress import ip_address
 from typing import Any, TypeAlias
 
 from limits import RateLimitItem, RateLimitItemPerMinute
@@ -34,6 +35,7 @@ MAX_NESTING = 100
 """Levels of a JSON body. 900 made vLLM 0.28's engine process fail to pass the request on, and exit."""
 
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 DIGITS = bytes.maketrans(b"123456789", b"000000000")
 Limits: TypeAlias = list[tuple[str, tuple[RateLimitItem, str, str]]]
 """Of one key: "requests" or "tokens", and what the library calls the window."""
@@ -48,6 +50,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 ERROR_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionError",
     413: "RequestTooLargeError",
     429: "RateLimitError",
     503: "ServiceUnavailableError",
@@ -137,6 +140,8 @@ class Gate:
     async def _serve(self, scope: Scope, receive: Receive, response: _Response, traffic: Traffic) -> None:
         exchange, headers = response.exchange, Headers(scope=scope)
         exchange.key, key = self._authenticate(scope, headers)
+        if exchange.path == "/focus/drain" and not self._keyring.required and not _is_local(scope):
+            raise Refused(403, "without API keys, only this machine may stop the server")
         if exchange.method != "POST" or exchange.path.endswith(NO_WORK):
             await self._app(scope, _Receive(receive, exchange), response)
             return
@@ -340,13 +345,17 @@ def check_json(body: bytes) -> None:
     """Refuse a JSON body that vLLM would answer with 500, or that would stop its engine.
 
     Raises:
-        Refused: It is no UTF-8, or has an integer of more than 64 bits or too many levels.
+        Refused: It is no UTF-8, not even with its escapes undone, or has an integer of more than 64 bits or
+            too many levels.
     """
     try:
         body.decode()
-        # Cheap tests first: few bodies have that many brackets or digits, and prompts are long.
-        if body.count(b"[") + body.count(b"{") > MAX_NESTING or b"0" * 19 in body.translate(DIGITS):
-            _check_depth(json.loads(body, parse_int=_int64))
+        # Cheap tests first: few bodies have that many brackets or digits, or escapes, and prompts are long.
+        nested = body.count(b"[") + body.count(b"{") > MAX_NESTING
+        if nested or b"0" * 19 in body.translate(DIGITS) or SURROGATE.search(body):
+            value = json.loads(body, parse_int=_int64)
+            _check_depth(value)
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(": maximum")[0]
         raise Refused(400, f"the body is not JSON that can be served: {reason}") from None
@@ -393,6 +402,11 @@ def _is_preflight(scope: Scope, headers: Headers) -> bool:
         and "access-control-request-method" in headers
         and "origin" in headers
     )
+
+
+def _is_local(scope: Scope) -> bool:
+    host = (scope.get("client") or ("", 0))[0]
+    return not host or ip_address(host).is_loopback  # a Unix socket has no address
 
 
 def _declared_length(headers: Headers) -> int:

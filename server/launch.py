@@ -115,7 +115,8 @@ def serve(launch: Launch) -> int:
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     arguments = parser.parse_args(["serve", *launch.arguments])
     command.validate(arguments)
-    _share_steps(arguments)
+    if "--long-prefill-token-threshold" not in _flags(launch.arguments):  # 0 is a choice as well
+        _share_steps(arguments)
     command.cmd(arguments)
     lifecycle = getattr(arguments, "focus_lifecycle", None)
     return int(lifecycle is not None and lifecycle.engine_failed)
@@ -131,7 +132,7 @@ def _share_steps(arguments: argparse.Namespace) -> None:
     from vllm.usage.usage_lib import UsageContext
 
     if arguments.long_prefill_token_threshold or arguments.enable_chunked_prefill is False:
-        return
+        return  # chosen in vLLM's configuration file, or impossible
     budget = arguments.max_num_batched_tokens
     if budget is None:
         if not hasattr(AsyncEngineArgs, "get_batch_defaults"):
@@ -198,7 +199,7 @@ def _key_conflicts(
     vllm_arguments: Sequence[str], environ: Mapping[str, str], settings: Settings
 ) -> list[str]:
     reasons = []
-    names = {argument.partition("=")[0].replace("_", "-") for argument in vllm_arguments}
+    names = _flags(vllm_arguments)
     if "--api-key" in names:
         reasons.append(
             "--api-key shows the key to everybody on this machine: put its hash in --api-key-file "
@@ -214,6 +215,10 @@ def _key_conflicts(
         except LaunchError as error:
             reasons.append(str(error))
     return reasons
+
+
+def _flags(arguments: Sequence[str]) -> set[str]:
+    return {argument.partition("=")[0].replace("_", "-") for argument in arguments}
 
 
 def _override_problems(adapter: Path, overrides: dict[str, Any]) -> list[str]:

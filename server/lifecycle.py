@@ -51,7 +51,9 @@ class Lifecycle:
         router.add_api_route("/livez", self._livez)
         router.add_api_route("/readyz", self._readyz)
         router.add_api_route("/startupz", self._startupz)
-        router.add_api_route("/focus/drain", self._drain, methods=["POST"], status_code=202)
+        # Not in the schema: who tries all that is there would stop the server.
+        drain = {"methods": ["POST"], "status_code": 202, "include_in_schema": False}
+        router.add_api_route("/focus/drain", self._drain, **drain)
         return router
 
     def start(self, engine_client: Any, state: State, args: Namespace) -> None:

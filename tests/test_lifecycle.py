@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from types import SimpleNamespace
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from stub_server import StubServer, stub_server
 from test_gate import IDS, connect, error, post, until
 
@@ -95,3 +97,16 @@ def test_livez_fails_while_a_busy_engine_makes_no_step(monkeypatch: pytest.Monke
         progress.record(running=0, waiting=0)
         now[0] += 1000
         assert probe(server, "livez")[0] == 200
+
+
+def test_without_keys_only_this_machine_may_stop_the_server() -> None:
+    with stub_server() as server:
+        answers = [asyncio.run(ask_from(server.app, host)) for host in ("10.0.0.7", "2001:db8::1")]
+    assert [answer.status_code for answer in answers] == [403, 403]
+    assert "only this machine" in error(answers[0])
+
+
+async def ask_from(app: FastAPI, host: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app, client=(host, 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.post("/focus/drain")

@@ -576,3 +576,24 @@ def test_keys_on_the_command_line_and_ways_around_the_gate_are_refused(
     for part in ("--api-key shows the key", "--grpc knows neither", "VLLM_API_KEY is set"):
         assert part in message
     assert "secret" not in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "threshold"),
+    [
+        ([], 512),
+        (["--max-num-batched-tokens", "8192"], 2048),
+        (["--max-model-len", "2048"], 0),
+        (["--no-enable-chunked-prefill"], 0),
+        (["--long-prefill-token-threshold", "100"], 100),
+    ],
+)
+def test_a_long_prompt_takes_a_quarter_of_a_step(flags: list[str], threshold: int) -> None:
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="vllm")
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    arguments = parser.parse_args(["serve", str(DEMO_FOLDER), *flags])
+    launch._share_steps(arguments)
+    assert arguments.long_prefill_token_threshold == threshold
