@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 START_SECONDS = 300
+SESSION, UTIME, STIME = 3, 11, 12
+"""Where /proc/PID/stat has them, counted after the name."""
 FOCUS_SERVE = (sys.executable, "-m", "server.cli")
 
 
@@ -50,6 +52,21 @@ class Server:
         """Return the body of a GET."""
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return str(response.read().decode())
+
+    def processes(self) -> dict[str, list[str]]:
+        """Return the fields of /proc/PID/stat after the name, by "name PID"; on Linux only."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has just ended
+                name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+                if int(rest.split()[SESSION]) == self.process.pid:
+                    found[f"{name} {process.name}"] = rest.split()
+        return found
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that the server's processes have used."""
+        ticks = sum(int(fields[UTIME]) + int(fields[STIME]) for fields in self.processes().values())
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> int:
         """Ask the server to stop; return its exit status."""

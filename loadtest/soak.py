@@ -37,8 +37,8 @@ IDLE_SECONDS = 20.0
 WINDOW_SECONDS = 180.0
 """Memory is compared between the first and the last such stretch after the warm-up."""
 LIMIT = 0.02
-SESSION = 3
-"""Where /proc/PID/stat has the session, counted after the name."""
+RSS = 21
+"""Where /proc/PID/stat has the resident pages, counted after the name."""
 
 
 class Soak:
@@ -72,15 +72,12 @@ class Soak:
     def sample(self) -> dict[str, Any]:
         """Return memory and descriptors of the server's processes."""
         processes = {}
-        for process in Path("/proc").glob("[0-9]*"):
+        for name, fields in self._server.processes().items():
             with contextlib.suppress(OSError):  # it has just ended
-                name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
-                if int(rest.split()[SESSION]) == self._server.process.pid:
-                    pages = int((process / "statm").read_text().split()[1])
-                    processes[f"{name} {process.name}"] = {
-                        "rss": pages * os.sysconf("SC_PAGE_SIZE"),
-                        "fds": len(list((process / "fd").iterdir())),
-                    }
+                processes[name] = {
+                    "rss": int(fields[RSS]) * os.sysconf("SC_PAGE_SIZE"),
+                    "fds": len(list(Path(f"/proc/{name.rpartition(' ')[2]}/fd").iterdir())),
+                }
         return {"seconds": round(self.seconds, 1), "processes": processes}
 
     async def _load(self, seconds: float) -> None:

@@ -16,7 +16,7 @@ from server.traffic import Exchange
 # vLLM configures handlers for its own logger only.
 logger = logging.getLogger("vllm.focus_serve.access")
 
-QUIET_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/metrics")
+QUIET_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/metrics", "/focus/status")
 """Asked every few seconds; logged only if something is wrong."""
 
 
