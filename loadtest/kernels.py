@@ -46,6 +46,7 @@ from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
     Segment,
+    SeparateQueries,
     index_capacity,
     list_capacity,
     lists_per_query,
@@ -90,7 +91,8 @@ class Case:
         """What identifies the case in a file of results."""
         config = self.config
         groups = f"{config.num_groups}/{config.key_k}/{config.top_k} below {config.dense_below}"
-        return f"{self.phase} {self.batch} x {self.context}, {groups}, budget {config.decode_budget}"
+        own = ", query centroids" if isinstance(config, SeparateQueries) else ""
+        return f"{self.phase} {self.batch} x {self.context}, {groups}, budget {config.decode_budget}{own}"
 
     @property
     def decodes(self) -> bool:
@@ -116,9 +118,10 @@ class Layer:
         tokens = len(self.batch.query)
         hidden_size = shape.num_heads * shape.head_size
         self.hidden = torch.randn(tokens, hidden_size, device=DEVICE, dtype=dtype)
-        weight = torch.randn(case.config.num_groups, hidden_size, device=DEVICE)
+        kinds = (2,) if isinstance(case.config, SeparateQueries) else ()
+        weight = torch.randn(*kinds, case.config.num_groups, hidden_size, device=DEVICE)
         self.weight = device_weight(weight, dtype)
-        self.bias = torch.zeros(case.config.num_groups, device=DEVICE)
+        self.bias = torch.zeros(*kinds, case.config.num_groups, device=DEVICE)
         self.routed = torch.empty(2, tokens, dtype=self.batch.store.dtype, device=DEVICE)
         starts = self.batch.query_start_loc
         self.slot_mapping = torch.cat([
@@ -408,6 +411,9 @@ def cases() -> list[Case]:
         config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
         lines += [Case("prefill", context, 1, config) for context in (65536, 16384, 262144)]
         lines += [Case("decode", 131072, 8, config)]
+    own = SeparateQueries.of(one)
+    lines += [Case("prefill", context, 1, own) for context in (16384, 65536)]
+    lines += [Case("decode", 131072, 8, own)]
     lines += [Case("decode", 131072, 8, dataclasses.replace(one, decode_budget=2048))]
     routed = FocusConfig(dense_below=0)
     lines += [Case("prefill", context, 1, routed) for context in (2048, 4096, 8192)]
@@ -418,7 +424,8 @@ def smoke_cases() -> list[Case]:
     """Return lines that the interpreter can run: every phase and kind of list."""
     one = FocusConfig(window=40, dense_below=100)
     several, sets = (dataclasses.replace(one, key_k=key_k, top_k=2) for key_k in (1, 2))
-    lines = [Case("prefill", 260, 1, config) for config in (one, several, sets)]
+    kinds = (one, several, sets, SeparateQueries.of(one))
+    lines = [Case("prefill", 260, 1, config) for config in kinds]
     return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv")]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.near import Cache, Scores
+from focus_vllm.kernels.plan import SeparateQueries
 from focus_vllm.reference import decode_mask, focus_mask, masked_attention
 from focus_vllm.routing import mask_dtype, top_groups
 
@@ -201,6 +202,8 @@ def make_batch(
         )
         scores = torch.randn(length, config.num_groups, generator=generator, device=device)
         store[slots] = top_groups(scores, config.key_k)
+        if isinstance(config, SeparateQueries):
+            scores = torch.randn(length, config.num_groups, generator=generator, device=device)
         query_groups.append(top_groups(scores[length - queries :], config.top_k))
     return PagedBatch(
         config=config,

@@ -27,6 +27,7 @@ from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, LayerFocus
 from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.near import Scores
+from focus_vllm.kernels.plan import SeparateQueries
 from focus_vllm.reference import focus_mask
 from loadtest.paged import PagedBatch, SlowFlashAttention
 
@@ -104,7 +105,7 @@ def layer_of(backend: Any, batch: PagedBatch, slots: torch.Tensor, **changes: An
     impl.focus = LayerFocus(
         config=batch.config,
         weight=torch.empty(0),
-        bias=torch.empty(0),
+        bias=torch.empty(2, 0) if isinstance(batch.config, SeparateQueries) else torch.empty(0),
         key_groups=key_groups,
         query_groups=batch.query_groups,
         counts=counts,
@@ -160,6 +161,14 @@ def stand_ins(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stand_ins")
 def test_batch_of_decodes_and_dense_and_routed_chunks_follows_the_definition(backend, groups):
     batch = batch_of(settings(groups, dense_below=100), **LENGTHS)
+    out, counts = forward(backend, batch)
+    assert_matches_definition(batch, out, from_position=0)
+    assert counts == pairs_by_phase(batch)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_layer_with_query_centroids_follows_the_definition(backend):
+    batch = batch_of(SeparateQueries.of(settings("1/1", dense_below=100)), **LENGTHS)
     out, counts = forward(backend, batch)
     assert_matches_definition(batch, out, from_position=0)
     assert counts == pairs_by_phase(batch)
@@ -232,6 +241,14 @@ def test_fp8_cache_with_descales_follows_the_definition(backend, shape):
         expected = batch.reference(request, slice(0, queries), scale) * 0.25
         got = out[start : start + queries].float()
         assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+def test_query_centroids_show_in_the_layers_bias(backend):
+    batch = batch_of(settings("1/1"), seq_lens=[5], query_lens=[5])
+    focus = layer_of(backend, batch, new_slots(batch)).focus
+    assert backend._config(focus) is batch.config
+    focus.bias = torch.zeros(2, 8)
+    assert backend._config(focus) == SeparateQueries.of(batch.config)
 
 
 def test_batch_below_dense_below_is_left_to_vllm(backend):

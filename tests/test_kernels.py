@@ -30,6 +30,7 @@ from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
     Chunk,
     Segment,
+    SeparateQueries,
     dense_queries,
     index_capacity,
     list_capacity,
@@ -232,6 +233,12 @@ def batch_of(
 def test_prefill_of_ragged_chunks_follows_the_definition(groups):
     batch = batch_of(settings(groups), **RAGGED if groups == "1/2" else SHORTER)
     assert_matches_definition(batch, prefill(batch, row_capacity=8192))
+
+
+@pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2", "2/2 of 16"])
+def test_prefill_whose_queries_are_in_other_groups_than_their_keys_follows_the_definition(groups):
+    batch = batch_of(SeparateQueries.of(settings(groups)), **SHORTER)
+    assert_matches_definition(batch, prefill(batch))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -53,6 +53,7 @@ from focus_vllm.kernels.plan import (
     Chunk,
     DenseQueries,
     PrefillPlan,
+    SeparateQueries,
     dense_queries,
     index_capacity,
     list_capacity,
@@ -172,6 +173,7 @@ class Capacity:
 class FocusBatch:
     """How routed layers split a batch."""
 
+    config: FocusConfig
     num_decodes: int
     dense: DenseQueries | None
     waves: list[PrefillPlan]
@@ -207,7 +209,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         context = vllm_config.compilation_config.static_forward_context
         impls = [context[name].impl for name in layer_names]
         routed = next((impl for impl in impls if impl.focus is not None), None)
-        self.focus_config = routed.focus.config if routed else None
+        self.focus_config = _config(routed.focus) if routed else None
         self.capacity = routed.scratch_capacity() if routed else None
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
         most = max(scheduler.max_num_seqs, graphs.max_cudagraph_capture_size or 0)
@@ -237,7 +239,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             return None
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(common, 1)
         if num_prefills == 0:
-            return FocusBatch(num_decodes, None, [], self.first_decode, self.progress)
+            return FocusBatch(config, num_decodes, None, [], self.first_decode, self.progress)
         capacity = self.capacity
         assert capacity is not None
         chunks = _prefill_chunks(common, num_decodes)
@@ -251,7 +253,11 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             self.device,
         )
         dense = dense_queries(chunks, config.dense_below, self.device)
-        return FocusBatch(num_decodes, dense, waves, self.first_decode, self.progress)
+        return FocusBatch(config, num_decodes, dense, waves, self.first_decode, self.progress)
+
+
+def _config(focus: LayerFocus) -> FocusConfig:
+    return focus.config if focus.bias.dim() == 1 else SeparateQueries.of(focus.config)
 
 
 def _dense_pairs(
@@ -379,7 +385,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         self._decode_scratch(*start, output.dtype)  # the workspace has its final size before it is used
         prefill, gather = self._prefill_scratch(query, output)
         compile_kernels(
-            focus.config,
+            _config(focus),
             query,
             output,
             self.num_kv_heads,
@@ -421,7 +427,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         assert self.vllm_config is not None
         if self.capacity is None:
             copied = self._token_bytes() if gathers(self.vllm_flash_attn_version) else 0
-            self.capacity = Capacity.of(self.focus.config, self.vllm_config, copied)
+            self.capacity = Capacity.of(_config(self.focus), self.vllm_config, copied)
         return self.capacity
 
     def _prefill_scratch(
@@ -512,7 +518,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 focus.store,
                 cache,
                 metadata.seq_lens,
-                focus.config,
+                batch.config,
                 scratch,
                 totals,
             )
@@ -527,7 +533,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 cu_seqlens_q=batch.dense.cu_seqlens_q,
                 seqused_k=batch.dense.seqused_k,
                 max_seqlen_q=batch.dense.max_seqlen_q,
-                max_seqlen_k=focus.config.dense_below,
+                max_seqlen_k=batch.config.dense_below,
                 causal=True,
             )
         if batch.waves:
@@ -540,7 +546,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 focus.query_groups,
                 focus.store,
                 cache,
-                focus.config,
+                batch.config,
                 scores,
                 prefill,
                 totals,

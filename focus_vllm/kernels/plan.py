@@ -23,12 +23,22 @@ MAX_LISTS = 32
 """Lists that one tile of keys is sorted into at once."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SeparateQueries(FocusConfig):
+    """Settings of routers with query centroids: a token's groups as a query say nothing of those as a key."""
+
+    @classmethod
+    def of(cls, config: FocusConfig) -> SeparateQueries:
+        """Return the same settings."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+
 class Far(enum.Enum):
     """Which keys FlashAttention reads from lists; the near kernel evaluates the mask on the rest."""
 
     GROUP = "group"
-    """key_k = top_k = 1. A chunk's queries of a group are the tail of their group's list, so one causal
-    call covers every same-group pair, near ones too."""
+    """key_k = top_k = 1, the same group. A chunk's queries of a group are the tail of their group's list, so
+    one causal call covers every same-group pair, near ones too."""
     BLOCK = "block"
     """Queries in blocks; of every list they need a block reads what lies before its window."""
     NOTHING = "nothing"
@@ -37,7 +47,7 @@ class Far(enum.Enum):
 
 def far_mode(config: FocusConfig) -> Far:
     """Return how prefill is divided for these settings."""
-    if config.key_k == config.top_k == 1:
+    if config.key_k == config.top_k == 1 and not isinstance(config, SeparateQueries):
         return Far.GROUP
     if config.key_k == 1 or math.comb(config.num_groups, config.top_k) <= MAX_LISTS:
         return Far.BLOCK
