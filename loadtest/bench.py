@@ -229,7 +229,8 @@ def _arguments(target: Target, cell: Cell) -> argparse.Namespace:
         arguments += ["--header", f"{name}={value}"]
     parser = FlexibleArgumentParser()  # type: ignore[no-untyped-call]
     add_cli_args(parser)
-    return parser.parse_args(arguments)
+    namespace: argparse.Namespace = parser.parse_args(arguments)
+    return namespace
 
 
 def _requests(raw: dict[str, Any]) -> list[Request]:
