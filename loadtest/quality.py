@@ -30,12 +30,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from focus_vllm.adapter import Adapter, BaseModel
 from focus_vllm.config import FocusConfig
 from focus_vllm.training import evaluate as ways
-from focus_vllm.training.data import read_documents, shuffled_tokens, tokenize
+from focus_vllm.training.data import copy_spans, read_documents, shuffled_tokens, tokenize
 from focus_vllm.training.evaluate import evaluate
 from focus_vllm.training.finetune import finetune
 from focus_vllm.training.probes import TASKS, Probe, make_probes
 from focus_vllm.training.settings import TrainSettings
 from focus_vllm.training.train import optimise, train
+from focus_vllm.training.tune import tune
 
 TEXT_SEED = 1234
 LONG, WHOLE, SHORT = 16_384, 8192, 4096
@@ -126,7 +127,7 @@ def units_of(plan: str, seeds: int) -> list[Unit]:
     if plan not in PLANS:
         raise ValueError(f"plan {plan!r} must be one of {list(PLANS)}")
     units = list(PLANS[plan]())
-    repeated = [unit for unit in units if unit["kind"] in ("adapter", "books-only", "lora")]
+    repeated = [unit for unit in units if unit["kind"] in ("adapter", "tuned", "books-only", "lora")]
     fixed = [{**unit, "seed": 0, "id": unit["name"]} for unit in units if unit not in repeated]
     return fixed + [
         {**unit, "seed": seed, "id": f"{unit['name']} seed={seed}"}
@@ -171,6 +172,9 @@ def _frontier() -> Iterator[Unit]:
     yield _adapter("K=18", 18, (2, 4), windows)
     yield _adapter("K=8", 8, (1, 2), windows)
     yield _adapter("K=16 shared", 16, (2, 4), windows, queries="shared")
+    tuned = _adapter("K=16 tuned", 16, (2, 4), (256, 512, 1024, 2048))
+    # The keys per query of the first measurements, docs/quality.md.
+    yield {**tuned, "kind": "tuned", "keys": [993, 1446, 1853]}
 
 
 def _ideas() -> Iterator[Unit]:
@@ -257,6 +261,8 @@ def _smoke() -> Iterator[Unit]:
     """A few seconds, to see that everything runs."""
     yield {"kind": "dense", "name": "dense"}
     yield _adapter("smoke", 4, (1, 2), (64,), steps=2, batch_size=1, seq_len=512, train_window=32)
+    tuned = _adapter("tuned", 4, (1, 2), (32, 64), steps=1, batch_size=1, seq_len=512, train_window=32)
+    yield {**tuned, "kind": "tuned", "keys": [WHOLE // 3]}
     config = {"num_groups": 4, "window": 32, "top_k": 2, "dense_below": 0}
     settings = {"steps": 2, "batch_size": 1, "seq_len": 256}
     yield {"kind": "yardsticks", "name": "random and oracle", "config": config}
@@ -370,6 +376,22 @@ def _run_adapter(bench: Bench, unit: Unit) -> dict[str, Any]:
     return {"rows": rows, "training": dict(adapter.training), "parameters": parameters}
 
 
+def _run_tuned(bench: Bench, unit: Unit) -> dict[str, Any]:
+    """Choose windows, top_k and dense layers on training text, then measure on held-out text."""
+    adapter = bench.train(unit, "train")
+    rows = bench.text["train"][: 4 * WHOLE].view(4, WHOLE).clone()
+    copy_spans(rows, 8, WHOLE // 4, torch.Generator().manual_seed(unit["seed"]))
+    windows, top_ks = ([*{serve[key]: None for serve in unit["serve"]}] for key in ("window", "top_k"))
+    found = []
+    for keys in unit["keys"]:
+        tuning = tune(bench.model, adapter, rows, keys, windows, top_ks)
+        config = tuning.adapter.config
+        serve = {"keys": keys, "top_k": config.top_k, "window": config.window, "dense": config.dense_layers}
+        found.append({"way": f"{unit['name']} to {keys}", **bench.measure(bench.focus(tuning.adapter))})
+        found[-1]["chosen"] = serve
+    return {"rows": found, "training": dict(adapter.training)}
+
+
 def _run_books_only(bench: Bench, unit: Unit) -> dict[str, Any]:
     before = bench.losses(ways.dense())
     adapter = bench.train(unit, "train_books")
@@ -421,6 +443,7 @@ KINDS = {
     "local": _run_local,
     "yardsticks": _run_yardsticks,
     "adapter": _run_adapter,
+    "tuned": _run_tuned,
     "books-only": _run_books_only,
     "lora": _run_lora,
     "finetune": _run_finetune,

@@ -30,7 +30,7 @@ def frontier(results: Sequence[Row]) -> list[Row]:
     dense = next(row for unit in results if unit["kind"] == "dense" for row in unit["rows"])
     groups: dict[str, list[Row]] = {}
     for unit in results:
-        if unit["kind"] not in ("adapter", "local", "yardsticks"):
+        if unit["kind"] not in ("adapter", "tuned", "local", "yardsticks"):
             continue
         for measured in unit["rows"]:
             groups.setdefault(_name(unit, measured), []).append(measured)

@@ -73,7 +73,7 @@ def test_held_out_text_is_not_trained_on(workplace):
 
 def test_smoke_plan_gives_results_that_can_be_reported(workplace, tmp_path, capsys):
     units = quality.units_of("smoke", 2)
-    assert len({unit["id"] for unit in units}) == len(units) == 7
+    assert len({unit["id"] for unit in units}) == len(units) == 9
     local = {"kind": "local", "name": "local windows", "id": "local windows", "seed": 0}
     results = run(workplace, [*units, local], tmp_path / "results.jsonl")
     assert {unit["id"] for unit in results} == {unit["id"] for unit in [*units, local]}, (
@@ -86,6 +86,7 @@ def test_smoke_plan_gives_results_that_can_be_reported(workplace, tmp_path, caps
     assert "| smoke, top_k=1, window=64 | 2 |" in text
     assert "| local window 32 + 4 sinks | 1 | 0.0% |" in text
     assert "| finetune dense |" in text
+    assert "| tuned to 128 | 2 |" in text
     assert "passkey" in text
     assert (tmp_path / "plots" / "frontier.png").read_bytes().startswith(b"\x89PNG")
 

@@ -31,9 +31,12 @@ class Quality:
     recall: float
     """Mean negative log-likelihood of a 64-token span that repeats one from the text's first half."""
     far_pairs: float
-    """Share of the pairs beyond window and sinks that attend, mean over layers; 1 if dense."""
+    """Share of the pairs beyond window and sinks that attend, mean over layers; 1 if dense.
+
+    Layers are those that could be routed: one that stays dense keeps every pair.
+    """
     keys_per_query: float
-    """Mean over positions and routed layers."""
+    """Mean over positions and the same layers."""
     perplexity_by_length: Mapping[int, float] = dataclasses.field(default_factory=dict)
     """Of the first so many tokens."""
     probes: Mapping[str, Score] = dataclasses.field(default_factory=dict)
@@ -96,7 +99,9 @@ def focus(name: str, model: PreTrainedModel, config: FocusConfig, layers: Mappin
 
 def local(model: PreTrainedModel, config: FocusConfig, keys_per_query: float, num_tokens: int) -> Way:
     """No groups: the window that reads `keys_per_query` keys over `num_tokens` tokens, and the same sinks."""
-    window = window_for(keys_per_query, config, num_tokens)
+    indices, layers = _indices(model, config), len(routable_layers(model))
+    dense_keys = (num_tokens + 1) / 2 * (layers - len(indices))
+    window = window_for((keys_per_query * layers - dense_keys) / len(indices), config, num_tokens)
     return window_alone(model, dataclasses.replace(config, window=window))
 
 
@@ -116,8 +121,10 @@ def random_groups(model: PreTrainedModel, config: FocusConfig, seed: int = 0) ->
 
 
 def oracle(model: PreTrainedModel, config: FocusConfig, far_pairs: float) -> Way:
-    """The far keys that get the most dense attention, as many of them as `far_pairs` says, for each query."""
-    masks = {index: OracleMask(config, far_pairs) for index in _indices(model, config)}
+    """The far keys that get the most attention, as many per query as make `far_pairs` the mean over layers."""
+    indices, layers = _indices(model, config), len(routable_layers(model))
+    share = (far_pairs * layers - (layers - len(indices))) / len(indices)
+    masks = {index: OracleMask(config, share) for index in indices}
     return Way(name=f"oracle, {far_pairs:.1%} of far keys", config=config, handlers=masks)
 
 
@@ -170,7 +177,7 @@ def evaluate(
     if length < 2 * RECALL_TOKENS:
         raise ValueError(f"seq_len ({length}) must be >= {2 * RECALL_TOKENS}: a span of it is repeated")
     generator = torch.Generator().manual_seed(seed)
-    losses, recalls, counts = [], [], _Counts()
+    losses, recalls, counts = [], [], _Counts(len(routable_layers(model)))
     with attach_layers(model, way.handlers) if way.handlers else contextlib.nullcontext():
         for row in sequences:
             losses.append(-prompt_logprobs(model, row).double())
@@ -211,6 +218,8 @@ def _mass(model: PreTrainedModel, way: Way, sequences: torch.Tensor) -> float | 
 class _Counts:
     """Pairs and tokens of the masks seen so far."""
 
+    num_layers: int
+    """That could be routed."""
     kept: int = 0
     far: int = 0
     keys: int = 0
@@ -226,6 +235,7 @@ class _Counts:
         for index, handler in way.handlers.items():
             kept, far, always = handler.pairs()
             num_tokens = handler.num_tokens
+            everything = far, always
             self.kept, self.far = self.kept + kept, self.far + far
             self.keys, self.queries = self.keys + always + kept, self.queries + num_tokens
             if type(handler) is HardMask and handler.given is None:
@@ -233,6 +243,10 @@ class _Counts:
                 bits = torch.arange(handler.config.num_groups, device=handler.key_groups.device)
                 inside = (handler.key_groups.flatten()[:, None] >> bits & 1).sum(dim=0).cpu()
                 self.members[index] = self.members.get(index, torch.zeros_like(inside)) + inside
+        dense = self.num_layers - len(way.handlers)
+        far, always = everything
+        self.kept, self.far = self.kept + dense * far, self.far + dense * far
+        self.keys, self.queries = self.keys + dense * (far + always), self.queries + dense * num_tokens
         self.tokens += num_tokens
 
     def far_pairs(self) -> float:
