@@ -121,7 +121,7 @@ def random_groups(model: PreTrainedModel, config: FocusConfig, seed: int = 0) ->
 
 
 def oracle(model: PreTrainedModel, config: FocusConfig, far_pairs: float) -> Way:
-    """The far keys that get the most attention, as many per query as make `far_pairs` the mean over layers."""
+    """The far keys with most attention, as many per query as make `far_pairs` the mean over layers."""
     indices, layers = _indices(model, config), len(routable_layers(model))
     share = (far_pairs * layers - (layers - len(indices))) / len(indices)
     masks = {index: OracleMask(config, share) for index in indices}
