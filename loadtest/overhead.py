@@ -46,7 +46,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=150, help="per round")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=8)
+    parser.add_argument(
+        "--max-tokens", type=int, default=8, help="mean; lengths vary, or users fall into step"
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     report = measure(arguments)
@@ -63,6 +65,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     rates: dict[str, list[float]] = {"plain": [], "focus": []}
     ttfts: dict[str, list[float]] = {"plain": [], "focus": []}
+    e2es: dict[str, list[float]] = {"plain": [], "focus": []}
     p99s: dict[str, list[float]] = {"plain": [], "focus": []}
     cpu: dict[str, list[float]] = {"plain": [], "focus": []}
     with contextlib.ExitStack() as stack:
@@ -76,8 +79,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "focus": stack.enter_context(serving(focus, folder / "focus.log", environment)),
         }
 
-        def round_of(side: str, num: int) -> None:
-            load = [(random_prompt(arguments.prompt_tokens, rng), arguments.max_tokens) for _ in range(num)]
+        def round_of(side: str, num: int, seed: int) -> None:
+            lengths = random.Random(seed)  # the same for both sides
+            load = [
+                (
+                    random_prompt(arguments.prompt_tokens, rng),
+                    lengths.randint(1, 2 * arguments.max_tokens - 1),
+                )
+                for _ in range(num)
+            ]
             used, started = servers[side].cpu_seconds(), time.perf_counter()
             answers = asyncio.run(closed_loop(servers[side].url, load, arguments.concurrency))
             elapsed = time.perf_counter() - started
@@ -87,16 +97,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             cpu[side].append((servers[side].cpu_seconds() - used) / num)
             seen = [answer.ttft for answer in answers]
             ttfts[side] += seen
+            e2es[side] += [answer.e2e for answer in answers]
             p99s[side].append(percentile(seen, 0.99))
 
         for side in servers:
-            round_of(side, arguments.requests)
-        for figures in (rates, ttfts, p99s, cpu):
+            round_of(side, arguments.requests, seed=0)
+        for figures in (rates, ttfts, e2es, p99s, cpu):
             for values in figures.values():
                 values.clear()
         for number in range(arguments.rounds):
             for side in ("plain", "focus") if number % 2 == 0 else ("focus", "plain"):
-                round_of(side, arguments.requests)
+                round_of(side, arguments.requests, seed=number)
     return {
         "adapter": arguments.adapter,
         "rounds": arguments.rounds,
@@ -109,6 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "requests_per_second": _compare(median(rates["plain"]), median(rates["focus"]), better="more"),
         "ttft_p50": _compare(percentile(ttfts["plain"], 0.5), percentile(ttfts["focus"], 0.5)),
         "ttft_p99": _compare(percentile(ttfts["plain"], 0.99), percentile(ttfts["focus"], 0.99)),
+        "e2e_p50": _compare(percentile(e2es["plain"], 0.5), percentile(e2es["focus"], 0.5)),
         "cpu_per_request": _compare(median(cpu["plain"]), median(cpu["focus"])),
         "rates": rates,
         "cpu_by_round": cpu,
@@ -129,6 +141,7 @@ def table(report: dict[str, Any]) -> str:
         ("requests_per_second", 1, "req/s"),
         ("ttft_p50", 1000, "ms"),
         ("ttft_p99", 1000, "ms"),
+        ("e2e_p50", 1000, "ms"),
         ("cpu_per_request", 1000, "ms"),
     ):
         row = report[name]

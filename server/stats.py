@@ -90,7 +90,7 @@ class StatsPoller:
             phase: PhaseStats(
                 stats["candidate_tokens"][phase],
                 stats["selected_tokens"][phase],
-                stats.get("dense_queries", {}).get(phase, 0),
+                stats["dense_queries"][phase],
             )
             for phase in PHASES
         }

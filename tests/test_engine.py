@@ -9,6 +9,8 @@ from engines import StoredGroups, engine, generate, logprobs, prompt
 from reference_check import TOLERANCE, check_against_reference
 from transformers import AutoModelForCausalLM
 
+from focus_vllm.adapter import load_adapter
+
 pytestmark = pytest.mark.vllm
 
 LENGTHS = [3, 255, 300, 511, 777, 1024, 1500, 2111]
@@ -68,6 +70,9 @@ def test_prompt_logprobs_equal_the_reference(adapter, hf_model, monkeypatch, key
         counts = llm.collective_rpc("focus_stats")[0]
     check_against_reference(hf_model, adapter, overrides, output, stored.of(output))
     assert counts["selected_tokens"]["prefill"] < 0.8 * counts["candidate_tokens"]["prefill"]
+    config = load_adapter(adapter).config
+    num_layers = hf_model.config.num_hidden_layers - len(config.dense_layers)
+    assert counts["dense_queries"] == {"prefill": config.dense_below * num_layers, "decode": 0}
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [256, 4096])

@@ -171,7 +171,7 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if common.max_query_len > 1:
             self._count_dense(_Spans.of(common))
         else:
-            self._count("decode", int(common.seq_lens.sum()))
+            self._count("decode", int(common.seq_lens.sum()), len(common.seq_lens))
             if self.deferred and self.deferred.begin_step(slots):
                 metadata.deferred = True
                 return
@@ -179,13 +179,16 @@ class FocusCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             self.deferred.flush()
 
     def _count_dense(self, spans: _Spans) -> None:
-        pairs = _causal_pairs(spans.begins, np.clip(self.dense_below, spans.begins, spans.ends))
-        self._count("prefill", int(pairs[~spans.decodes].sum()))
-        self._count("decode", int(pairs[spans.decodes].sum()))
+        ends = np.clip(self.dense_below, spans.begins, spans.ends)
+        pairs, queries = _causal_pairs(spans.begins, ends), ends - spans.begins
+        for phase, chosen in (("prefill", ~spans.decodes), ("decode", spans.decodes)):
+            self._count(phase, int(pairs[chosen].sum()), int(queries[chosen].sum()))
 
-    def _count(self, phase: str, pairs: int) -> None:
+    def _count(self, phase: str, pairs: int, queries: int) -> None:
         pairs *= len(self.layers)
-        self.layers[0].counts.add(phase, pairs, pairs)
+        counts = self.layers[0].counts
+        counts.add(phase, pairs, pairs)
+        counts.dense_queries[phase] += queries * len(self.layers)
 
     def _routed(
         self, common: CommonAttentionMetadata, spans: _Spans, routed: np.ndarray

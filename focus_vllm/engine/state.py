@@ -21,6 +21,8 @@ class AttentionCounts:
     """Pairs that dense attention reads."""
     selected_tokens: dict[str, int] = dataclasses.field(default_factory=lambda: {"prefill": 0, "decode": 0})
     """Pairs that Focus read."""
+    dense_queries: dict[str, int] = dataclasses.field(default_factory=lambda: {"prefill": 0, "decode": 0})
+    """Queries, not pairs, below `dense_below`, which attend densely; on a GPU they are not counted."""
     totals: torch.Tensor | None = None
     """`[4]`, int64, on a GPU: pairs that kernels counted, candidates and selected of prefill, of decode."""
 
@@ -30,9 +32,9 @@ class AttentionCounts:
         self.selected_tokens[phase] += selected
 
     def read(self) -> dict[str, dict[str, int]]:
-        """Return both fields, with what the kernels have counted up to now; waits for no kernel."""
+        """Return the three fields, with what the kernels have counted up to now; waits for no kernel."""
         counts = [0] * 4 if self.totals is None else _peek(self.totals)
-        return {
+        return {"dense_queries": dict(self.dense_queries)} | {
             name: {phase: pairs[phase] + counts[2 * number + offset] for number, phase in enumerate(pairs)}
             for offset, (name, pairs) in enumerate(
                 (("candidate_tokens", self.candidate_tokens), ("selected_tokens", self.selected_tokens))
