@@ -52,8 +52,9 @@ class Lifecycle:
         router.add_api_route("/readyz", self._readyz)
         router.add_api_route("/startupz", self._startupz)
         # Not in the schema: who tries all that is there would stop the server.
-        drain = {"methods": ["POST"], "status_code": 202, "include_in_schema": False}
-        router.add_api_route("/focus/drain", self._drain, **drain)
+        router.add_api_route(
+            "/focus/drain", self._drain, methods=["POST"], status_code=202, include_in_schema=False
+        )
         return router
 
     def start(self, engine_client: Any, state: State, args: Namespace) -> None:
