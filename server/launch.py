@@ -24,7 +24,7 @@ from server.settings import Settings
 # vLLM configures handlers for its own logger only.
 logger = logging.getLogger("vllm.focus_serve.launch")
 
-LONG_SHARE = 4
+LONG_SHARE = 2
 """A step is this many times what one long prompt may take of it."""
 
 GATE = "server.gate.Gate"

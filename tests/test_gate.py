@@ -185,6 +185,23 @@ def test_a_browser_may_ask_whether_it_may_ask_without_a_key(tmp_path: Path, keys
     assert preflight.status_code == 405  # vLLM's CORS middleware, which the stub has not, would answer
 
 
+def test_a_websocket_is_closed_before_it_opens_without_a_key(tmp_path: Path, keys: dict[str, str]) -> None:
+    with stub_server(api_key_file=tmp_path / "keys.toml") as server:
+        messages: list[Any] = []
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        scope = {
+            "type": "websocket",
+            "path": "/v1/realtime",
+            "headers": [(b"authorization", b"Bearer wrong")],
+        }
+        asyncio.run(server.app(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
+        assert [message["type"] for message in messages] == ["websocket.close"]
+        assert server.value("focus_rejected_total", reason="auth") == 1
+
+
 # Limits
 
 

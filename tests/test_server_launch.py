@@ -581,14 +581,14 @@ def test_keys_on_the_command_line_and_ways_around_the_gate_are_refused(
 @pytest.mark.parametrize(
     ("flags", "threshold"),
     [
-        ([], 512),
-        (["--max-num-batched-tokens", "8192"], 2048),
+        ([], 1024),
+        (["--max-num-batched-tokens", "8192"], 4096),
         (["--max-model-len", "2048"], 0),
         (["--no-enable-chunked-prefill"], 0),
         (["--long-prefill-token-threshold", "100"], 100),
     ],
 )
-def test_a_long_prompt_takes_a_quarter_of_a_step(flags: list[str], threshold: int) -> None:
+def test_a_long_prompt_takes_half_of_a_step(flags: list[str], threshold: int) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
