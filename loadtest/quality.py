@@ -232,7 +232,8 @@ def _ablations() -> Iterator[Unit]:
             queries="shared",
             **cheap,
         )
-    yield _adapter("K=4, the paper's", 4, (1, 2, 3), (128,), key_k=1, queries="shared", **cheap)
+    paper = _adapter("K=4, the paper's", 4, (1,), (128,), queries="shared", copy_spans=0, **cheap)
+    yield {**paper, "serve": [{"top_k": k, "key_k": k} for k in (1, 2, 3)]}
     yield _adapter("key_k=2", 16, (2,), window, key_k=2, queries="shared", **cheap)
 
 
