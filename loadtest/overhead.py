@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     report = measure(arguments)
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")

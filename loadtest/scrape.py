@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -232,6 +233,7 @@ def main() -> int:
     parser.add_argument("--prometheus", default=shutil.which("prometheus"), help="default: from PATH")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     if not arguments.prometheus:
         parser.error("no prometheus on PATH: install the Debian package prometheus, or give --prometheus")
     report: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count()}

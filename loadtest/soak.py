@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -190,6 +191,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--log", type=Path, help="where the server's log goes")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     command = [*FOCUS_SERVE, "--api-server-count", str(arguments.api_servers)]
     with tempfile.TemporaryDirectory() as folder:
         log = arguments.log or Path(folder) / "log"
