@@ -132,22 +132,33 @@ class Traffic:
                     exchange.charge(tokens)
             return outputs
 
-        def watched_generate(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            outputs: AsyncGenerator[Any, None] = generate(*args, **kwargs)
+        def watched_generate(
+            prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+        ) -> AsyncGenerator[Any, None]:
+            outputs: AsyncGenerator[Any, None] = generate(prompt, sampling_params, *args, **kwargs)
             exchange = current.get()
-            return _follow(exchange, outputs) if exchange else outputs
+            kind = getattr(sampling_params, "output_kind", None)
+            cumulative = getattr(kind, "name", "") == "CUMULATIVE"
+            return _follow(exchange, outputs, cumulative) if exchange else outputs
 
         engine_client.add_request, engine_client.generate = watched_add, watched_generate
 
 
-async def _follow(exchange: Exchange, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+async def _follow(
+    exchange: Exchange, outputs: AsyncGenerator[Any, None], cumulative: bool
+) -> AsyncGenerator[Any, None]:
+    seen: dict[int, int] = {}
     try:
         async for output in outputs:
             if exchange.first_token is None:
                 latency = getattr(output.metrics, "first_token_latency", 0)
                 exchange.first_token = latency or time.monotonic() - exchange.started
-            # Both of vLLM's modes that its server uses, deltas and the end alone, add up.
-            exchange.tokens += sum(len(choice.token_ids) for choice in output.outputs)
+            # Deltas and the end alone add up; /inference/v1/generate repeats all tokens so far.
+            for choice in output.outputs:
+                exchange.tokens += len(choice.token_ids)
+                if cumulative:
+                    exchange.tokens -= seen.get(choice.index, 0)
+                    seen[choice.index] = len(choice.token_ids)
             yield output
     finally:
         # vLLM frees the engine when its generator is closed, which must not wait for the collector.

@@ -66,6 +66,29 @@ def server() -> Iterator[StubServer]:
         yield running
 
 
+class Log(logging.Handler):
+    """Keeps what the server's own loggers say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def text(self) -> str:
+        return "\n".join(record.getMessage() for record in self.records)
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    logger, handler = logging.getLogger("vllm.focus_serve"), Log()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.removeHandler(handler)
+
+
 @contextlib.contextmanager
 def waiting(server: StubServer, *bodies: Any) -> Iterator[list[socket.socket]]:
     """Leave requests waiting for their first token."""
@@ -157,10 +180,8 @@ def test_a_key_opens_every_route_until_it_is_revoked(tmp_path: Path, keys: dict[
 
 
 def test_a_broken_file_of_keys_changes_nothing_and_is_reported(
-    tmp_path: Path, keys: dict[str, str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, keys: dict[str, str], log: Log
 ) -> None:
-    caplog.set_level(logging.INFO, "vllm.focus_serve")
-    logging.getLogger("vllm").propagate = True
     file = tmp_path / "keys.toml"
     with stub_server(api_key_file=file) as server:
         file.write_text("alice = {sha256 = 'secret that was pasted'}")
@@ -171,8 +192,8 @@ def test_a_broken_file_of_keys_changes_nothing_and_is_reported(
         file.write_text(line)
         assert post(server, **bearer(key)).status_code == 200
         assert post(server, **bearer(keys["bob"])).status_code == 401
-    assert "alice.sha256 is wrong" in caplog.text
-    assert "secret that was pasted" not in caplog.text
+    assert "alice.sha256 is wrong" in log.text()
+    assert "secret that was pasted" not in log.text()
 
 
 def test_a_browser_may_ask_whether_it_may_ask_without_a_key(tmp_path: Path, keys: dict[str, str]) -> None:
@@ -426,30 +447,26 @@ def test_a_thousand_connections_at_once_are_all_answered() -> None:
     ("given", "kept"), [("my-id.1", True), (None, False), ("with space", False), ("x" * 129, False)]
 )
 def test_the_request_id_is_the_same_for_client_engine_and_log(
-    server: StubServer, caplog: pytest.LogCaptureFixture, given: str | None, kept: bool
+    server: StubServer, log: Log, given: str | None, kept: bool
 ) -> None:
-    logging.getLogger("vllm").propagate = True
-    caplog.set_level(logging.INFO, "vllm.focus_serve.access")
     response = post(server, headers={"X-Request-Id": given} if given else {})
     answered = response.headers["x-request-id"]
     assert (answered == given) == kept
     assert server.engine.seen == [answered]
-    until(lambda: caplog.messages)
-    assert f"request_id={answered} " in caplog.messages[-1]
+    until(lambda: log.records)
+    assert f"request_id={answered} " in log.text()
 
 
-def test_the_access_log_is_json_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_access_log_is_json_without_the_prompt(log: Log) -> None:
     from server.access_log import json_handler
 
-    logging.getLogger("vllm").propagate = True
-    caplog.set_level(logging.INFO, "vllm.focus_serve.access")
     with stub_server(log_format="json") as server:
         post(server, {"prompt": [424242], "text": "a secret"})
         httpx.get(f"{server.url}/version")
         httpx.get(f"{server.url}/livez")
-        until(lambda: len(caplog.records) == 2)
+        until(lambda: len(log.records) == 2)
     handler = json_handler()
-    lines = [json.loads(handler.format(record)) for record in caplog.records]
+    lines = [json.loads(handler.format(record)) for record in log.records]
     line = lines[0]
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/completions", 200)
     assert (line["prompt_tokens"], line["tokens"], line["key"]) == (1, 3, "anybody")
@@ -459,13 +476,11 @@ def test_the_access_log_is_json_without_the_prompt(caplog: pytest.LogCaptureFixt
     assert lines[1]["path"] == "/version"
 
 
-def test_prompts_are_logged_when_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("vllm").propagate = True
-    caplog.set_level(logging.INFO, "vllm.focus_serve.access")
+def test_prompts_are_logged_when_asked_for(log: Log) -> None:
     with stub_server(log_prompts=True) as server:
         post(server, {"prompt": [424242]})
-        until(lambda: caplog.records)
-    assert "424242" in caplog.text
+        until(lambda: log.records)
+    assert "424242" in log.text()
 
 
 def test_requests_are_counted_by_route_whatever_becomes_of_them(server: StubServer) -> None:
