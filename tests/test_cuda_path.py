@@ -134,7 +134,9 @@ def forward(
     if cache.dtype.itemsize == 1:
         cache = cache.view(torch.uint8)  # as vLLM keeps FP8
     impl.forward(layer, batch.query, None, None, cache, metadata, out)
-    return out, impl.focus.counts.read()
+    counts = impl.focus.counts.read()
+    assert counts.pop("dense_queries") == {"prefill": 0, "decode": 0}, "not counted here"
+    return out, counts
 
 
 class Scheduled(SlowFlashAttention):
