@@ -17,6 +17,7 @@ from typing import Any
 
 import openai
 import pytest
+from drains import check_drain
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -97,7 +98,12 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server") / "log.txt")
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    # The demo would rather write line breaks for ever than an object.
+    form = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+    server = Server(
+        tmp_path_factory.mktemp("server") / "log.txt", *tools, "--structured-outputs-config", form
+    )
     try:
         server.wait_until_ready()
         yield server
@@ -175,6 +181,66 @@ def test_text_ends_before_the_stop_word(client: OpenAI) -> None:
     assert choice.finish_reason == "stop"
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 8}, "warm": {"type": "boolean"}},
+    "required": ["city", "warm"],
+    "additionalProperties": False,
+}
+TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+
+
+def check_schema(text: str) -> None:
+    answer = json.loads(text)
+    assert set(answer) == {"city", "warm"}
+    assert len(answer["city"]) <= 8
+    assert isinstance(answer["warm"], bool)
+
+
+def test_structured_output_follows_its_schema(client: OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+    check_schema(chat(client, response_format=form, max_tokens=200).choices[0].message.content)
+    choice = complete(client, max_tokens=20, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert choice.choices[0].text in ("yes", "no")
+
+
+def test_a_tool_is_called_with_arguments_of_its_schema_in_both_modes(client: OpenAI) -> None:
+    options: Any = {"tools": [TOOL], "max_tokens": 200}
+    options["tool_choice"] = {"type": "function", "function": {"name": "weather"}}
+    (call,) = chat(client, **options).choices[0].message.tool_calls
+    assert call.function.name == "weather"
+    check_schema(call.function.arguments)
+    deltas = [
+        delta
+        for chunk in chat(client, stream=True, **options)
+        for delta in chunk.choices[0].delta.tool_calls or ()
+    ]
+    assert deltas[0].function.name == "weather"
+    check_schema("".join(delta.function.arguments or "" for delta in deltas))
+
+
+def test_a_stream_gives_usage_when_asked(client: OpenAI) -> None:
+    *_, last = complete(client, stream=True, stream_options={"include_usage": True})
+    assert last.usage.completion_tokens == 12
+
+
+def test_a_cancelled_stream_leaves_the_engine_idle(server: Server, client: OpenAI) -> None:
+    stream = complete(client, stream=True, max_tokens=20_000, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 2
+    aborted = 'focus_requests_aborted_total{cause="client",model_name="focus-demo",phase="decode",'
+    while aborted not in server.get("/metrics"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_responses_api_answers(client: OpenAI) -> None:
+    answer = client.responses.create(model=MODEL, input=PROMPT, max_output_tokens=12, temperature=0)
+    assert answer.usage
+    assert answer.usage.output_tokens == 12
+
+
 def test_a_prompt_that_is_too_long_is_a_clear_400(client: OpenAI) -> None:
     limit = client.models.list().data[0].model_dump()["max_model_len"]
     with pytest.raises(openai.BadRequestError) as refused:
@@ -230,3 +296,9 @@ def test_the_curl_line_of_the_log_works(server: Server) -> None:
         line.partition("Try: ")[2], shell=True, capture_output=True, text=True, timeout=60, check=True
     )
     assert json.loads(answer.stdout)["choices"][0]["text"]
+
+
+def test_sigterm_under_load_completes_what_has_begun_refuses_the_rest_and_exits_with_0(
+    server: Server,
+) -> None:
+    check_drain(server, lambda: server.process.send_signal(signal.SIGTERM))
