@@ -36,8 +36,10 @@ SAMPLE_SECONDS = 10.0
 IDLE_SECONDS = 20.0
 """Long enough for closed connections to be gone."""
 WINDOW_SECONDS = 180.0
-"""Memory is compared between the first and the last such stretch after the warm-up."""
+"""Memory is compared between the first and the last such stretch after the warm-up, or its halves."""
 LIMIT = 0.02
+SMALL_CACHE = ("--num-gpu-blocks-override", "320")
+"""Blocks become resident when they are first used; so few are all in use before the warm-up ends."""
 RSS = 21
 """Where /proc/PID/stat has the resident pages, counted after the name."""
 
@@ -148,14 +150,15 @@ class Soak:
         """Return what was seen, and what of it is wrong."""
         processes = {}
         problems = list(self.errors)
+        window = min(WINDOW_SECONDS, (end["seconds"] - started) / 2)
         for name, at_end in end["processes"].items():
             series = [
                 (sample["seconds"], sample["processes"][name]["rss"])
                 for sample in self.samples
                 if sample["seconds"] > started and name in sample["processes"]
             ]
-            early = median([rss for at, rss in series if at <= started + WINDOW_SECONDS] or [0])
-            late = median([rss for at, rss in series if at > series[-1][0] - WINDOW_SECONDS] or [0])
+            early = median([rss for at, rss in series if at <= started + window] or [0])
+            late = median([rss for at, rss in series if at > end["seconds"] - window] or [0])
             growth = late / early - 1 if early else float("nan")
             fds = warm["processes"].get(name, {}).get("fds"), at_end["fds"]
             processes[name] = {
@@ -192,7 +195,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, help="where the server's log goes")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
-    command = [*FOCUS_SERVE, "--api-server-count", str(arguments.api_servers)]
+    command = [*FOCUS_SERVE, "--api-server-count", str(arguments.api_servers), *SMALL_CACHE]
     with tempfile.TemporaryDirectory() as folder:
         log = arguments.log or Path(folder) / "log"
         with serving(command, log, {"VLLM_CPU_KVCACHE_SPACE": "1"}) as server:
