@@ -319,7 +319,7 @@ def truncate(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    rewrite(path, {"version": "2"})
+    rewrite(path, {"version": "3"})
 
 
 def unknown_key(path: Path) -> None:
@@ -340,7 +340,7 @@ def other_model(path: Path) -> None:
     ("damage", "reasons"),
     [
         (truncate, ["not a complete safetensors file"]),
-        (newer, ["version is '2'", "upgrade focus-vllm"]),
+        (newer, ["version is '3'", "upgrade focus-vllm"]),
         (unknown_key, ["'colour'", "'flavour'"]),
         (unknown_tensor, ["'layers.0.bias'", "'layers.1.gate'"]),
         (other_model, ["model_type 'gpt2'", "config_hash"]),
