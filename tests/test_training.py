@@ -1,6 +1,7 @@
 """Training, from text to an adapter, on models so small that seconds are enough."""
 
 import dataclasses
+import itertools
 import lzma
 import os
 import subprocess
@@ -636,10 +637,12 @@ def test_hard_mask_serves_the_groups_that_were_trained(queries):
 def test_minutes_end_the_training_and_the_learning_rate_with_it(monkeypatch):
     rates, rate = [], trainer._learning_rate
     monkeypatch.setattr(trainer, "_learning_rate", lambda *given: (rates.append(rate(*given)), rates[-1])[1])
+    seconds = itertools.count(step=0.03)
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: next(seconds)))
     settings = dataclasses.replace(SETTINGS, steps=100_000, minutes=0.02)
     adapter = run(tiny_model(), settings)
-    assert adapter.training["steps"] == len(rates) < 1000
-    assert adapter.training["seconds"] < 10
+    assert adapter.training["steps"] == len(rates) == 40
+    assert adapter.training["seconds"] == pytest.approx(1.2, abs=0.1)
     assert rates[-1] < 0.2 * rates[0]
 
 

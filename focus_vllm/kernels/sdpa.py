@@ -65,8 +65,7 @@ def focus_sdpa(
     far, far_lse, far_pairs = _far(query, query_groups, keys, config, scale, softcap)
     if far_pairs == 0:
         return near, near_pairs
-    share = torch.sigmoid(far_lse - near_lse)[..., None]
-    return torch.lerp(near.float(), far.float(), share).to(query.dtype), near_pairs + far_pairs
+    return _merge(near, near_lse, far, far_lse)[0], near_pairs + far_pairs
 
 
 def _decode(
@@ -101,7 +100,7 @@ def _near(
     mask = in_band & (j <= i) & (i < seq_len)
     pairs = int(mask.sum())
     mask[..., 0] |= i[..., 0] >= seq_len  # the last block's padding attends to something, not to nothing
-    key, value = keys.take(j[:, 0].clamp(0, seq_len - 1))
+    key, value = (part.contiguous() for part in keys.take(j[:, 0].clamp(0, seq_len - 1)))
     blocks = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, len(starts) * NEAR_BLOCK - num_queries))
     output, lse = attend(
         blocks.view(len(starts), NEAR_BLOCK, *query.shape[1:]), key, value, scale, softcap, mask
@@ -129,16 +128,44 @@ def _far(
         rows, lengths = rows[lengths > 0], lengths[lengths > 0]
         if not len(rows):
             continue
-        key, value = keys.take(members[None, : lengths[-1]])
+        key, value = (part[0].contiguous() for part in keys.take(members[None, : lengths[-1]]))
         for block, seen in zip(torch.split(rows, FAR_BLOCK), torch.split(lengths, FAR_BLOCK), strict=True):
-            longest = int(seen[-1])
-            mask = torch.arange(longest) < seen[:, None]
-            part, part_lse = attend(
-                query[None, block], key[:, :, :longest], value[:, :, :longest], scale, softcap, mask[None]
-            )
-            output[block], lse[block] = part[0], part_lse[0]
+            part = _attend_to_prefixes(query[block], key, value, seen, scale, softcap)
+            output[block], lse[block] = part
         pairs += int(lengths.sum())
     return output, lse, pairs
+
+
+def _attend_to_prefixes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to the first `seen` keys, `[num_queries]`, ascending from 1 on.
+
+    What all queries see, nearly everything in a long context, needs no mask, which is costly to make.
+    """
+    shortest, longest = int(seen[0]), int(seen[-1])
+    output, lse = attend(query[None], key[None, :, :shortest], value[None, :, :shortest], scale, softcap)
+    rest = seen > shortest
+    if longest > shortest:
+        mask = torch.arange(shortest, longest) < seen[rest, None]
+        key, value = key[None, :, shortest:longest], value[None, :, shortest:longest]
+        tail, tail_lse = attend(query[None, rest], key, value, scale, softcap, mask[None])
+        output[:, rest], lse[:, rest] = _merge(output[:, rest], lse[:, rest], tail, tail_lse)
+    return output[0], lse[0]
+
+
+def _merge(
+    first: torch.Tensor, first_lse: torch.Tensor, second: torch.Tensor, second_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention over two disjoint sets of keys from attention over each."""
+    share = torch.sigmoid(second_lse - first_lse)[..., None]
+    merged = torch.lerp(first.float(), second.float(), share).to(first.dtype)
+    return merged, torch.logaddexp(first_lse, second_lse)
 
 
 def attend(
