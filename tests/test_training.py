@@ -642,7 +642,7 @@ def test_minutes_end_the_training_and_the_learning_rate_with_it(monkeypatch):
     settings = dataclasses.replace(SETTINGS, steps=100_000, minutes=0.02)
     adapter = run(tiny_model(), settings)
     assert adapter.training["steps"] == len(rates) == 39
-    assert adapter.training["seconds"] == pytest.approx(1.2, abs=0.1)
+    assert 1.2 <= adapter.training["seconds"] <= 1.4
     assert rates[-1] < 0.2 * rates[0]
 
 
