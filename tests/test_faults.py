@@ -9,16 +9,15 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from drains import body, check_drain, in_background, post, until
+from drains import body, in_background, post, until
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtest.serving import FOCUS_SERVE, Server, serving
+from loadtest.serving import FOCUS_SERVE, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -234,9 +233,3 @@ def test_a_killed_engine_fails_requests_and_probes_and_ends_the_server(server: S
         assert status in (500, None) or ("error" in text and '"finish_reason":"length"' not in text)
     assert server.process.wait(timeout=30) == 1
     assert time.monotonic() - killed < 40
-
-
-def test_two_api_servers_drain_on_request_under_load(tmp_path: Path) -> None:
-    command = [*FOCUS_SERVE, "--api-server-count", "2"]
-    with serving(command, tmp_path / "log.txt", port=8111) as server:
-        check_drain(server, lambda: httpx.post(f"{server.url}/focus/drain").raise_for_status())
