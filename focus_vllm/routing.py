@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 
@@ -111,7 +112,7 @@ def sinkhorn(scores: torch.Tensor, iterations: int = 10) -> tuple[torch.Tensor, 
         Assignments of the shape of `scores`, each row summing to 1, and the column potentials
         log v `[..., num_groups]`: the assignment is softmax(scores + log v) per token.
     """
-    log_num_tokens = torch.tensor(float(scores.shape[-2]), device=scores.device).log()
+    log_num_tokens = math.log(scores.shape[-2])
     log_q = scores.log_softmax(dim=-1)
     potential = torch.zeros_like(scores[..., 0, :])
     for _ in range(iterations):

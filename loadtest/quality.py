@@ -143,9 +143,9 @@ def _adapter(
     given = ("group_dim", "temperature", "key_k")
     own: dict[str, Any] = {key: changes.pop(key) for key in given if key in changes}
     settings = {
-        "steps": 600,
-        "batch_size": 2,
-        "seq_len": 4096,
+        "steps": 400,
+        "batch_size": 4,
+        "seq_len": 2048,
         "copy_spans": 4,
         "train_window": 512,
         "sharpen": 2.0,
@@ -156,22 +156,19 @@ def _adapter(
     return {"kind": "adapter", "name": name, "config": config, "settings": settings, "serve": serve}
 
 
-def _baselines() -> Iterator[Unit]:
+def _frontier() -> Iterator[Unit]:
     yield {"kind": "dense", "name": "dense"}
     yield {"kind": "local", "name": "local windows"}
+    windows = (1024, 512, 2048)
+    yield _adapter("K=18", 18, (2, 4), windows)
+    yield _adapter("K=32", 32, (4, 8), windows)
+
+
+def _yardsticks() -> Iterator[Unit]:
+    """Random groups and the oracle; windows, top_k and dense layers chosen by measured loss."""
     for num_groups, top_k, window in ((16, 2, 1024), (16, 4, 1024)):
         config = {"num_groups": num_groups, "top_k": top_k, "window": window, "dense_below": 0}
         yield {"kind": "yardsticks", "name": f"random and oracle {top_k}/{num_groups}", "config": config}
-
-
-def _frontier() -> Iterator[Unit]:
-    yield from _baselines()
-    windows = (1024, 512, 2048)
-    yield _adapter("K=16", 16, (2, 4), windows)
-    yield _adapter("K=32", 32, (4, 8), windows)
-    yield _adapter("K=18", 18, (2, 4), windows)
-    yield _adapter("K=8", 8, (1, 2), windows)
-    yield _adapter("K=16 shared", 16, (2, 4), windows, queries="shared")
     tuned = _adapter("K=16 tuned", 16, (2, 4), (256, 512, 1024, 2048))
     # The keys per query of the first measurements, docs/quality.md.
     yield {**tuned, "kind": "tuned", "keys": [993, 1446, 1853]}
@@ -195,7 +192,7 @@ def _ideas() -> Iterator[Unit]:
         "train window 128": {"train_window": 128},
         "train window 1024": {"train_window": 1024},
         "seq_len 8192": {"seq_len": 8192, "batch_size": 1},
-        "seq_len 2048": {"seq_len": 2048, "batch_size": 4},
+        "seq_len 4096": {"seq_len": 4096, "batch_size": 2},
         "dense target, train_top_k 2, sharpen 4": {"target": "dense", "train_top_k": 2, "sharpen": 4.0},
     }
     for name, change in changes.items():
@@ -232,6 +229,8 @@ def _ablations() -> Iterator[Unit]:
             queries="shared",
             **cheap,
         )
+    yield _adapter("K=8", 8, (1, 2), (1024,), **cheap)
+    yield _adapter("K=16 shared, 400 steps", 16, (2, 4), window, queries="shared")
     paper = _adapter("K=4, the paper's", 4, (1,), (128,), queries="shared", copy_spans=0, **cheap)
     yield {**paper, "serve": [{"top_k": k, "key_k": k} for k in (1, 2, 3)]}
     yield _adapter("key_k=2", 16, (2,), window, key_k=2, queries="shared", **cheap)
@@ -277,6 +276,7 @@ PLANS = {
     "smoke": _smoke,
     "ideas": _ideas,
     "frontier": _frontier,
+    "yardsticks": _yardsticks,
     "ablations": _ablations,
     "claims": _claims,
 }
