@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from focus_vllm.adapter import Adapter, BaseModel
+from focus_vllm.adapter import Adapter, BaseModel, save_adapter
 from focus_vllm.config import FocusConfig
 from focus_vllm.training import evaluate as ways
 from focus_vllm.training.data import copy_spans, read_documents, shuffled_tokens, tokenize
@@ -160,8 +161,8 @@ def _frontier() -> Iterator[Unit]:
     yield {"kind": "dense", "name": "dense"}
     yield {"kind": "local", "name": "local windows"}
     windows = (1024, 512, 2048)
-    yield _adapter("K=18", 18, (2, 4), windows)
-    yield _adapter("K=32", 32, (4, 8), windows)
+    for num_groups, top_ks in ((18, (2, 4)), (32, (4, 8))):
+        yield {**_adapter(f"K={num_groups}", num_groups, top_ks, windows), "full": True}
 
 
 def _yardsticks() -> Iterator[Unit]:
@@ -175,28 +176,24 @@ def _yardsticks() -> Iterator[Unit]:
 
 
 def _ideas() -> Iterator[Unit]:
-    """Each differs from `K=16` in what its name says; cheaper, to choose what the frontier should use."""
-    cheap: dict[str, Any] = {"steps": 300}
-    window = (1024,)
+    """Each differs from `long` in what its name says, to choose what the frontier should use."""
+    long: dict[str, Any] = {"steps": 1000, "copy_spans": 12}
+    windows = (1024, 2048)
     changes: dict[str, dict[str, Any]] = {
-        "as it is": {},
-        "shared": {"queries": "shared"},
-        "dense target": {"target": "dense"},
-        "train_top_k 2": {"train_top_k": 2},
-        "sharpen 1": {"sharpen": 1.0},
-        "sharpen 4": {"sharpen": 4.0},
-        "kmeans": {"init": "kmeans"},
-        "key_values 4": {"key_values": 4},
-        "copy_spans 12": {"copy_spans": 12},
-        "lr 0.01": {"lr": 0.01},
-        "train window 128": {"train_window": 128},
-        "train window 1024": {"train_window": 1024},
-        "seq_len 8192": {"seq_len": 8192, "batch_size": 1},
-        "seq_len 4096": {"seq_len": 4096, "batch_size": 2},
-        "dense target, train_top_k 2, sharpen 4": {"target": "dense", "train_top_k": 2, "sharpen": 4.0},
+        "long, shared, dense target": {"queries": "shared", "target": "dense"},
+        "long, dense target": {"target": "dense"},
+        "long, shared": {"queries": "shared"},
+        "long": {},
+        "long, copy_spans 4": {"copy_spans": 4},
+        "long, seq_len 4096, train window 1024": {"seq_len": 4096, "batch_size": 2, "train_window": 1024},
+        "long, sharpen 4": {"sharpen": 4.0},
+        "long, train_top_k 2": {"train_top_k": 2},
+        "long, kmeans": {"init": "kmeans"},
+        "long, lr 0.01": {"lr": 0.01},
+        "long, key_values 4": {"key_values": 4},
     }
     for name, change in changes.items():
-        yield _adapter(f"idea: {name}", 16, (2, 4), window, **{**cheap, **change})
+        yield _adapter(f"idea: {name}", 18, (2, 4), windows, **{**long, **change})
 
 
 def _ablations() -> Iterator[Unit]:
@@ -260,7 +257,8 @@ def _claims() -> Iterator[Unit]:
 def _smoke() -> Iterator[Unit]:
     """A few seconds, to see that everything runs."""
     yield {"kind": "dense", "name": "dense"}
-    yield _adapter("smoke", 4, (1, 2), (64,), steps=2, batch_size=1, seq_len=512, train_window=32)
+    small = _adapter("smoke", 4, (1, 2), (64,), steps=2, batch_size=1, seq_len=512, train_window=32)
+    yield {**small, "full": True}
     tuned = _adapter("tuned", 4, (1, 2), (32, 64), steps=1, batch_size=1, seq_len=512, train_window=32)
     yield {**tuned, "kind": "tuned", "keys": [WHOLE // 3]}
     config = {"num_groups": 4, "window": 32, "top_k": 2, "dense_below": 0}
@@ -298,12 +296,16 @@ def _load_model(path: str) -> PreTrainedModel:
 class Bench:
     """A model and the text to train and measure it on."""
 
-    def __init__(self, model: str, pack_file: Path, sequences: int | None = None) -> None:
+    def __init__(
+        self, model: str, pack_file: Path, sequences: int | None = None, adapters: Path | None = None
+    ) -> None:
         self.model = _load_model(model)
         self.name = Path(model).name
         self.text = _load_pack(pack_file)
         self.sequences = sequences
         """Measure on so many of each kind at most; None takes all."""
+        self.adapters = adapters
+        """Folder to keep what was trained in; None keeps nothing."""
 
     def measure(self, way: ways.Way, transfer: bool = False, probes: bool = False) -> dict[str, Any]:
         """Return `Quality` on books and Wikipedia at 8,192 tokens; if asked, on longer books and on tasks."""
@@ -340,7 +342,11 @@ class Bench:
         """Train the unit's adapter on a part of the text."""
         config, settings = FocusConfig(**unit["config"]), self.settings(unit)
         base = BaseModel.from_config(self.name, self.model.config)
-        return train(self.model, self.text[text], config, settings, base, progress=False)
+        adapter = train(self.model, self.text[text], config, settings, base, progress=False)
+        if self.adapters is not None:
+            self.adapters.mkdir(parents=True, exist_ok=True)
+            save_adapter(adapter, self.adapters / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', unit['id'])}.safetensors")
+        return adapter
 
     def settings(self, unit: Unit) -> TrainSettings:
         """Return the unit's training settings; on a GPU the model runs in bfloat16."""
@@ -371,7 +377,7 @@ def _run_adapter(bench: Bench, unit: Unit) -> dict[str, Any]:
     adapter = bench.train(unit, "train")
     rows = []
     for number, changes in enumerate(unit["serve"]):
-        first = number == 0 and unit["seed"] == 0
+        first = number == 0 and unit["seed"] == 0 and unit.get("full", False)
         rows.append({"serve": changes, **bench.measure(bench.focus(adapter, **changes), first, first)})
     parameters = sum(part.numel() for router in adapter.layers.values() for part in router.tensors().values())
     return {"rows": rows, "training": dict(adapter.training), "parameters": parameters}
@@ -453,12 +459,14 @@ KINDS = {
 }
 
 
-def run_unit(unit: Unit, model: str, pack_file: Path, sequences: int | None, until: float) -> Unit | None:
+def run_unit(
+    unit: Unit, model: str, pack_file: Path, sequences: int | None, adapters: Path | None, until: float
+) -> Unit | None:
     """Run one unit and return it with its results; None if `time.time()` is past `until`."""
     started = time.time()
     if started > until:
         return None
-    bench = Bench(model, pack_file, sequences)
+    bench = Bench(model, pack_file, sequences, adapters)
     results = KINDS[unit["kind"]](bench, unit)
     device = torch.cuda.get_device_name() if bench.model.device.type == "cuda" else "cpu"
     seconds = round(time.time() - started, 1)
@@ -473,6 +481,7 @@ def run(
     parallel: int,
     minutes: float,
     sequences: int | None = None,
+    adapters: Path | None = None,
 ) -> None:
     """Run the units that `out` does not have yet, `parallel` at a time, and append each as it is done.
 
@@ -484,7 +493,9 @@ def run(
     until = time.time() + 60 * minutes
     spawn = multiprocessing.get_context("spawn")
     with out.open("a") as file, ProcessPoolExecutor(parallel, mp_context=spawn) as pool:
-        jobs = {pool.submit(run_unit, unit, model, pack_file, sequences, until): unit for unit in left}
+        jobs = {
+            pool.submit(run_unit, unit, model, pack_file, sequences, adapters, until): unit for unit in left
+        }
         for job in as_completed(jobs):
             unit = jobs[job]
             if error := job.exception():
@@ -517,13 +528,15 @@ def main(words: Sequence[str] | None = None) -> None:
     running.add_argument("--minutes", type=float, default=8.0, help="start no unit later than this")
     running.add_argument("--seeds", type=int, default=3)
     running.add_argument("--sequences", type=int, help="measure on so many of each kind (default: all)")
+    running.add_argument("--adapters", type=Path, help="folder to keep the adapters in (default: not kept)")
     given = parser.parse_args(words)
     if given.command == "pack":
         sizes: Mapping[str, int] = pack(given.model, given.train, given.held_out, given.out)
         sys.stdout.write(json.dumps(sizes) + "\n")
     else:
         units = units_of(given.plan, given.seeds)
-        run(units, given.model, given.pack, given.out, given.parallel, given.minutes, given.sequences)
+        more = given.sequences, given.adapters
+        run(units, given.model, given.pack, given.out, given.parallel, given.minutes, *more)
 
 
 if __name__ == "__main__":

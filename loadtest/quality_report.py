@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+MARKERS = "osD^vP*X"
 TEXTS = ("books", "wikipedia")
 
 
@@ -67,8 +68,9 @@ def frontier_table(rows: Sequence[Row]) -> str:
         cells = [row["name"], str(row["seeds"]), f"{row['far']:.1%}", f"{row['keys']:.0f}"]
         for text in TEXTS:
             (gap, gap_spread), (recall, recall_spread) = row[f"{text}.ppl"], row[f"{text}.recall"]
-            cells.append(f"{gap:+.2f} ± {gap_spread:.2f} %")
-            cells.append(f"{recall:+.3f} ± {recall_spread:.3f}")
+            several = row["seeds"] > 1
+            cells.append(f"{gap:+.2f} ± {gap_spread:.2f} %" if several else f"{gap:+.2f} %")
+            cells.append(f"{recall:+.3f} ± {recall_spread:.3f}" if several else f"{recall:+.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -123,10 +125,15 @@ def claims_table(results: Sequence[Row]) -> str:
 
 
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
-    """Draw loss against dense over keys per query, with the local windows as a line."""
+    """Draw loss against dense over keys per query, with the local windows as a line.
+
+    A colour is what was trained, a shape is how it is served.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
+    parts = [row["name"].partition(", top_k=") for row in rows if not row["local"]]
+    trained, served = (list(dict.fromkeys(part[place] for part in parts)) for place in (0, 2))
     for axes, part, label in zip(
         figure.subplots(1, 2),
         ("ppl", "recall"),
@@ -139,7 +146,10 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
         for row in rows:
             if not row["local"]:
                 middle, spread = row[f"books.{part}"]
-                axes.errorbar(row["keys"], middle, spread, fmt="o", label=row["name"])
+                name, _, serving = row["name"].partition(", top_k=")
+                marker = MARKERS[served.index(serving) % len(MARKERS)]
+                colour = f"C{trained.index(name)}"
+                axes.errorbar(row["keys"], middle, spread, fmt=marker, color=colour, label=row["name"])
         axes.axhline(0, color="grey", linewidth=0.5)
         axes.set(xlabel="keys per query", ylabel=label)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")

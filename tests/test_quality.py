@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from focus_vllm.adapter import load_adapter
 from loadtest import quality, quality_report
 
 DEMO = Path(__file__).parent.parent / "focus_vllm" / "demo"
@@ -54,7 +55,9 @@ def small(monkeypatch):
 
 
 def run(workplace, units, out, minutes=10.0):
-    quality.run(units, str(workplace / "tiny"), workplace / "pack.safetensors", out, 1, minutes, 1)
+    quality.run(
+        units, str(workplace / "tiny"), workplace / "pack.safetensors", out, 1, minutes, 1, out.parent
+    )
     return quality_report.read_results(out) if out.exists() else []
 
 
@@ -82,6 +85,8 @@ def test_smoke_plan_gives_results_that_can_be_reported(workplace, tmp_path, caps
     adapter = next(unit for unit in results if unit["kind"] == "adapter")
     assert [row["serve"]["top_k"] for row in adapter["rows"]] == [1, 2]
     assert adapter["rows"][0]["books"]["far_pairs"] < adapter["rows"][1]["books"]["far_pairs"]
+    kept = load_adapter(tmp_path / "smoke-seed-0.safetensors")
+    assert (kept.config.num_groups, kept.training["seed"]) == (4, 0)
     text = quality_report.report(results, tmp_path / "plots")
     assert "| smoke, top_k=1, window=64 | 2 |" in text
     assert "| local window 32 + 4 sinks | 1 | 0.0% |" in text
