@@ -132,8 +132,8 @@ def units_of(plan: str, seeds: int) -> list[Unit]:
     fixed = [{**unit, "seed": 0, "id": unit["name"]} for unit in units if unit not in repeated]
     return fixed + [
         {**unit, "seed": seed, "id": f"{unit['name']} seed={seed}"}
-        for seed in range(seeds)
         for unit in repeated
+        for seed in range(seeds)
     ]
 
 
