@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -46,9 +45,6 @@ class Gate:
     """Of the last batch, divided by the temperature: `[batch, num_tokens, num_groups]`, float32."""
     query_scores: torch.Tensor | None = None
     """Likewise, with the queries' own centroids; None without."""
-
-    reads_text: ClassVar[bool] = True
-    """Whether the loss is the language model's; else the gates hold it."""
 
     def observe(self, hidden: torch.Tensor) -> None:
         """Score `hidden`'s tokens against the centroids."""
@@ -220,7 +216,6 @@ class MassGate(Gate):
 
     loss: torch.Tensor | None = None
     """Of the last batch, a scalar."""
-    reads_text: ClassVar[bool] = False
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
