@@ -8,7 +8,8 @@ The Focus side is everything a layer adds or replaces: routing, group store, lis
 near part, merge and counters. Both sides run in this process on the same tensors. A case is not reported
 unless its output agrees with the definition in float32: its relative error may be at most 1.5 times that of
 stock FlashAttention against dense attention. "decode+qkv" puts the layer's QKV projection on both sides,
-beside which a model routes. The file is written after every case, and cases that it has are not run again.
+beside which a model routes; "decode+lists" builds the lists there too (FOCUS_LISTS_BESIDE=1). The file is
+written after every case, and cases that it has are not run again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -132,7 +133,7 @@ class Layer:
         self.cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
         self.totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
         self.projection: torch.Tensor | None = None
-        if case.phase == "decode+qkv":
+        if case.phase in ("decode+qkv", "decode+lists"):
             width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size
             self.projection = torch.randn(hidden_size, width, device=DEVICE, dtype=dtype)
             self.projected = torch.empty(tokens, width, device=DEVICE, dtype=dtype)
@@ -218,12 +219,23 @@ class Layer:
         config, routed = self.case.config, self.routed
         route_into(self.hidden, self.weight, self.bias, routed[0], routed[1], config.key_k, config.top_k)
 
+    def _list(self) -> None:
+        scratch = self.decode_scratch
+        build_decode_lists(
+            self.slot_mapping, self.new_groups, self.batch.store, self.batch.query_groups,
+            self.paged.block_table, self.paged.block_size, self.seq_lens, self.case.config, scratch.progress,
+            scratch.lists, scratch.list_lens, self.totals,
+        )  # fmt: skip
+
     def focus(self) -> None:
         """Run everything that a routed layer does."""
         batch, config = self.batch, self.case.config
+        listed = self.case.phase == "decode+lists"
         if self.projection is not None:
             with beside(self.hidden.device):
                 self._route()
+                if listed:
+                    self._list()
             torch.mm(self.hidden, self.projection, out=self.projected)
             rejoin(self.hidden.device)
         elif config.dense_below < self.case.context:
@@ -231,7 +243,7 @@ class Layer:
         if self.case.decodes:
             decode_attention(
                 self.attention, batch.query, self.out, self.slot_mapping, self.new_groups, batch.query_groups,
-                batch.store, self.paged, self.seq_lens, config, self.decode_scratch, self.totals,
+                batch.store, self.paged, self.seq_lens, config, self.decode_scratch, self.totals, listed,
             )  # fmt: skip
             return
         if config.dense_below < self.case.context:
@@ -405,7 +417,9 @@ def cases() -> list[Case]:
     )
     lines += [Case("decode", context, batch, one) for batch, context in decodes]
     lines += [
-        Case("decode+qkv", context, batch, one) for batch, context in ((1, 8192), (1, 32768), (8, 131072))
+        Case(phase, context, batch, one)
+        for batch, context in ((1, 8192), (1, 32768), (8, 131072))
+        for phase in ("decode+qkv", "decode+lists")
     ]
     for num_groups, key_k, top_k in ((16, 1, 2), (16, 1, 4), (8, 2, 2), (4, 2, 2)):
         config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
@@ -426,7 +440,7 @@ def smoke_cases() -> list[Case]:
     several, sets = (dataclasses.replace(one, key_k=key_k, top_k=2) for key_k in (1, 2))
     kinds = (one, several, sets, SeparateQueries.of(one))
     lines = [Case("prefill", 260, 1, config) for config in kinds]
-    return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv")]
+    return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv", "decode+lists")]
 
 
 def environment() -> dict[str, str]:
@@ -467,7 +481,7 @@ def _line(row: dict[str, Any]) -> str:
     groups = f"{row['num_groups']}/{row['key_k']}/{row['top_k']}"
     read = "" if row["keys_read"] is None else f"{row['keys_read']:.1%}"
     return (
-        f"{row['phase']:11}{row['context']:>9}{row['batch']:>6}{groups:>8}{row['dense_below']:>6}"
+        f"{row['phase']:13}{row['context']:>9}{row['batch']:>6}{groups:>8}{row['dense_below']:>6}"
         f"{row['dense_us']:>12.1f}{row['focus_us']:>12.1f}{row['ratio']:>8.2f}x"
         f"{row['dense_error']:>10.1e}{row['focus_error']:>10.1e}{read:>8}"
     )
@@ -500,7 +514,7 @@ def main() -> None:
     }
     content |= {"rows": rows, "profiles": profiles, "failed": failed}
     print(  # noqa: T201
-        f"{'phase':11}{'context':>9}{'batch':>6}{'K/kk/k':>8}{'below':>6}{'dense us':>12}{'focus us':>12}"
+        f"{'phase':13}{'context':>9}{'batch':>6}{'K/kk/k':>8}{'below':>6}{'dense us':>12}{'focus us':>12}"
         f"{'ratio':>9}{'dense err':>10}{'focus err':>10}{'read':>8}"
     )
     profiled = [] if args.smoke else [("decode", 8, 131072), ("prefill", 1, 262144), ("prefill", 1, 16384)]

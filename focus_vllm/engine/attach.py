@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import CompilationMode, VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
@@ -34,9 +36,22 @@ def _route_op(
 
         with beside(hidden.device):
             route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
+            if torch.cuda.is_current_stream_capturing() and weight.data_ptr() in LISTED_BESIDE:
+                _list_decodes(LISTED_BESIDE[weight.data_ptr()])
         return
     num_tokens = len(hidden)
     key_groups[:num_tokens], query_groups[:num_tokens] = route(hidden, weight, bias, key_k, top_k)
+
+
+LISTED_BESIDE: dict[int, Attention] = {}
+"""Attention layers whose decode lists are built beside the QKV projection too, by the address of their
+router's weight, which is the same in every graph. Empty unless FOCUS_LISTS_BESIDE=1."""
+
+
+def _list_decodes(attention: Attention) -> None:
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, dict):  # None while graphs of layers without attention are captured
+        attention.impl.list_decodes(metadata[attention.layer_name])  # type: ignore[attr-defined]
 
 
 def _route_fake(
@@ -123,6 +138,8 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
             dtype = vllm_config.model_config.dtype
             assert isinstance(dtype, torch.dtype)
             weight = device_weight(weight, dtype)
+            if os.environ.get("FOCUS_LISTS_BESIDE") == "1":
+                LISTED_BESIDE[weight.data_ptr()] = attentions[index]
         layers[index] = LayerFocus(config, weight, bias, key_groups, query_groups, counts)
         attentions[index].impl.focus = layers[index]  # type: ignore[attr-defined]
         _hook(projections[index], layers[index], eager)

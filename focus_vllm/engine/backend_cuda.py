@@ -45,7 +45,7 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
 from focus_vllm.kernels.near import GROUP_BITS, Cache, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
@@ -298,6 +298,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         self.vllm_config = get_current_vllm_config_or_none()
         self.capacity: Capacity | None = None
         self.reserved = False
+        self.block_size = 0
+        self.listed = False
 
     def do_kv_cache_update(
         self,
@@ -311,6 +313,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus, num_slots = self.focus, kv_cache.shape[0] * kv_cache.shape[2]
         if focus is None:
             return
+        self.block_size = kv_cache.shape[2]
         if focus.store is None or len(focus.store) < num_slots:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -355,6 +358,36 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             output[:num_tokens],
         )
         return output
+
+    def list_decodes(self, metadata: FocusFlashAttentionMetadata) -> None:
+        """Build the lists of a batch of decodes ahead of `forward`, as soon as its tokens are routed.
+
+        Does nothing for other batches, or if the lists do not fit in the scratch buffer together.
+        """
+        focus, batch = self.focus, metadata.focus
+        if focus is None or focus.store is None or batch is None or batch.waves or batch.dense is not None:
+            return
+        assert self.vllm_config is not None
+        dtype, count = self.vllm_config.model_config.dtype, batch.num_decodes
+        assert isinstance(dtype, torch.dtype)
+        scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, dtype)
+        if gather is not None or count > len(scratch.lists) or not self.block_size:
+            return
+        build_decode_lists(
+            metadata.slot_mapping[:count],
+            focus.key_groups[:count],
+            focus.store,
+            focus.query_groups[:count],
+            metadata.block_table[:count],
+            self.block_size,
+            metadata.seq_lens[:count],
+            batch.config,
+            scratch.progress,
+            scratch.lists[:count],
+            scratch.list_lens[:count],
+            self._totals(focus),
+        )
+        self.listed = True
 
     def _store_groups(self, metadata: FocusFlashAttentionMetadata | None) -> None:
         """Store the groups of this step's tokens, unless all are decodes, whose lists' kernel stores them."""
@@ -521,7 +554,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 batch.config,
                 scratch,
                 totals,
+                self.listed,
             )
+            self.listed = False
         if batch.dense is not None:
             pages = kv_cache.transpose(1, 2)
             self._attention(scores, metadata.max_num_splits, None)(

@@ -1,4 +1,4 @@
-"""Route beside the QKV projection.
+"""Route, and list what decodes attend to, beside the QKV projection.
 
 Routing one token takes 7 us and one multiprocessor of an H200's 132; the projection of an 8B model takes
 longer. In a CUDA graph the two need not wait for each other: `beside` captures routing on a second stream and
