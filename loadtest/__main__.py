@@ -15,7 +15,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,10 @@ from server.objectives import Target as Objective
 RESULTS = Path(__file__).parents[1] / "docs/results"
 MAX_PREFIX_HITS = 0.01
 MAX_LENGTH_ERROR = 0.01
+DENSE_SHARE = 0.65
+"""Of a run's time limit, what dense may use with its start; Focus has the rest for the same cells."""
+STOP_SECONDS = 15
+"""Of the limit, kept for the last server's end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,28 +47,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from loadtest.bench import Result, Target, summary
+    from loadtest.bench import Cell, Result, Target, summary
     from loadtest.manifest import describe
     from loadtest.report import write_report
-    from loadtest.scenarios import Plan, run_plan
+    from loadtest.scenarios import Clock, Plan, run_plan
 
     if bool(options.dense) != bool(options.focus) or bool(options.dense) == bool(options.adapter):
         raise ValueError("give --dense and --focus, two running servers, or --adapter, to have them started")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
+    began = time.monotonic()
+    if options.adapter:
+        _check(options)
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
+    lengths = sorted(options.lengths)
     plan = Plan(
-        lengths=sorted(options.lengths),
+        lengths=lengths,
         concurrencies=sorted(options.concurrency),
         rates=options.rates,
         turns=options.turns,
-        beside=options.beside,
+        beside=lengths[-1] if options.beside is None else options.beside,
         requests=options.requests,
         tokens=options.tokens,
         output_tokens=options.output_tokens,
         seed=options.seed,
+        fewest=options.fewest,
+        warm_up=options.warm_up,
     )
     problems: list[str] = []
     info: dict[str, Any] = {}
+    manifest: dict[str, Any] = {
+        "title": options.title,
+        **describe(info),
+        "plan": dataclasses.asdict(plan),
+        "objectives": {"ttft": options.slo_ttft, "tpot": options.slo_tpot},
+        "left_out": [],
+    }
+
+    def write(ended: bool) -> Path:
+        doubts = problems if ended else [*problems, "the run did not come to its end"]
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "problems": doubts}, indent=1) + "\n")
+        return write_report(folder)
+
     with (folder / "cells.jsonl").open("w") as cells, (folder / "requests.jsonl").open("w") as requests:
 
         def report(result: Result) -> None:
@@ -75,43 +102,55 @@ def _run(options: argparse.Namespace) -> int:
                 }
                 line = {**about, "request": number, **dataclasses.asdict(request), "tpot": request.tpot}
                 requests.write(json.dumps(line) + "\n")
+            requests.flush()
+            write(ended=False)  # whatever ends the run, there is a report
             sys.stdout.write(
-                f"{row['side']:6} {row['scenario']:7} {row['length']:>8} x {row['concurrency'] or '-'!s:3} "
+                f"{time.monotonic() - began:6.1f} s  {row['side']:6} {row['scenario']:7} "
+                f"{row['length']:>8} x {row['concurrency'] or '-'!s:3} "
                 f"TTFT {row['ttft_p50']:.3f} s  {row['requests_per_second']:.2f} requests/s\n"
             )
             sys.stdout.flush()
 
         kv_tokens = None
-        for side in ("dense", "focus"):
+        wanted: list[Cell] | None = None
+        for side, share in (("dense", DENSE_SHARE), ("focus", 1.0)):
             with _server(options, side, folder) as url:
                 target = Target.at(url, options.tokenizer, options.api_key)
                 info[side], room = _about(target)
+                manifest["title"] = options.title or f"{info[side]['model']}, measured over HTTP"
                 kv_tokens = min(kv_tokens or room, room) if room else kv_tokens
-                run_plan(plan, target, side, kv_tokens, report)
-    manifest = {
-        "title": options.title or f"{info['focus']['model']}, measured over HTTP",
-        **describe(info),
-        "plan": dataclasses.asdict(plan),
-        "objectives": {"ttft": options.slo_ttft, "tpot": options.slo_tpot},
-        "problems": problems,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    sys.stdout.write("".join(f"! {problem}\n" for problem in problems) + f"{write_report(folder)}\n")
+                end = options.limit and began + (options.limit - STOP_SECONDS) * share
+                clock = Clock(end and end - time.monotonic())
+                wanted, left_out = run_plan(plan, target, side, kv_tokens, report, clock, wanted)
+                manifest["left_out"] += [cell.name for cell in left_out]
+    sys.stdout.write("".join(f"! {problem}\n" for problem in problems) + f"{write(ended=True)}\n")
     return 1 if problems else 0
 
 
 @contextlib.contextmanager
 def _server(options: argparse.Namespace, side: str, folder: Path) -> Iterator[str]:
     """Give the address of a running server, or of one that runs until the block ends."""
-    from loadtest.serving import FOCUS_SERVE, serving
+    from loadtest.serving import serving
 
     if url := getattr(options, side):
         yield url.rstrip("/")
         return
-    adapter = "none" if side == "dense" else options.adapter
-    command = [*FOCUS_SERVE, "--model", options.model, "--adapter", adapter, *options.flags]
-    with serving(command, folder / f"{side}.log") as server:
+    with serving(_command(options, side), folder / f"{side}.log") as server:
         yield server.url
+
+
+def _command(options: argparse.Namespace, side: str) -> list[str]:
+    from loadtest.serving import FOCUS_SERVE
+
+    adapter = "none" if side == "dense" else options.adapter
+    return [*FOCUS_SERVE, "--model", options.model, "--adapter", adapter, *options.flags]
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Find out that the second server cannot start before the first has been measured."""
+    check = subprocess.run([*_command(options, "focus"), "--dry-run"], capture_output=True, text=True)
+    if check.returncode:
+        raise RuntimeError(check.stderr.strip())
 
 
 def _about(target: Any) -> tuple[dict[str, Any], int | None]:
@@ -188,7 +227,10 @@ def _shape(options: argparse.Namespace) -> int:
     from server.models import DEMO_FOLDER
 
     options.output.mkdir(parents=True, exist_ok=True)
-    write_model(options.output, SHAPES[options.shape], options.max_model_len)
+    words = json.loads((DEMO_FOLDER / "config.json").read_text())["vocab_size"]
+    shape = {**SHAPES[options.shape]}
+    shape["vocab_size"] = max(shape["vocab_size"], words)  # for the demo's tokenizer
+    write_model(options.output, shape, options.max_model_len)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_FOLDER / name, options.output / name)
     write_balanced_adapter(options.output / "focus.safetensors", options.output, json.loads(options.focus))
@@ -223,9 +265,25 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--rates", type=float, nargs="*", default=[], help="requests per second, for goodput")
     run.add_argument("--turns", type=int, default=6, help="of one conversation; 0: none")
     run.add_argument(
-        "--no-beside", dest="beside", action="store_false", help="no short requests beside long ones"
+        "--beside",
+        type=length,
+        metavar="LENGTH",
+        help="of the prompt that short requests meet (default: the longest; 0: none)",
     )
     run.add_argument("--requests", type=int, default=32, help="per cell")
+    run.add_argument("--fewest", type=int, default=3, help="per cell, however long prompts are")
+    run.add_argument(
+        "--warm-up",
+        type=length,
+        metavar="LENGTH",
+        help="longest prompt of which one is sent beforehand (default: of every length)",
+    )
+    run.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="for the whole command: cells that would take longer are left out, on both sides",
+    )
     run.add_argument(
         "--tokens", type=length, default="2m", help="prompt tokens per cell: fewer requests if long"
     )

@@ -39,6 +39,11 @@ class Cell:
     """Of the prompt, tokens that every cell of its scenario begins with."""
 
     @property
+    def name(self) -> str:
+        """Return what a reader knows it by."""
+        return f"{self.scenario} {self.length} x {self.concurrency or f'{self.rate:g}/s'}"
+
+    @property
     def salt(self) -> str:
         """Return what keeps the prefix cache from knowing a prompt of another cell, unless it is meant to."""
         if self.history:
@@ -156,15 +161,16 @@ class Target:
         return cls(url, model["id"], tokenizer or model["root"], api_key)
 
 
-def run(target: Target, side: str, cells: Sequence[Cell]) -> list[Result]:
+def run(target: Target, side: str, cells: Sequence[Cell], seconds: float | None = None) -> list[Result]:
     """Run cells, all at the same time, and return one result for each.
 
     Raises:
+        TimeoutError: They took longer than `seconds`, and were given up.
         RuntimeError: The server answered nothing at all.
     """
     before = Metrics(target.url, target.headers)
     with _watching(target) as peak:
-        raw = asyncio.run(_run_all(target, cells))
+        raw = asyncio.run(asyncio.wait_for(_run_all(target, cells), seconds))
     difference = {**Metrics(target.url, target.headers).difference(before), **peak}
     results = [
         Result(side, cell, found["duration"], _requests(found), difference)
@@ -219,7 +225,7 @@ def _arguments(target: Target, cell: Cell) -> argparse.Namespace:
         *("--random-output-len", str(cell.output_tokens)),
         *("--extra-body", json.dumps({"cache_salt": cell.salt, "temperature": 0})),
         # The check would send the first prompt beforehand, and leave it in the prefix cache.
-        *("--ready-check-timeout-sec", "0", "--save-detailed", "--disable-tqdm"),
+        *("--ready-check-timeout-sec", "0", "--save-detailed", "--disable-tqdm", "--ignore-eos"),
     ]
     if cell.concurrency:
         arguments += ["--max-concurrency", str(cell.concurrency)]

@@ -56,12 +56,14 @@ def render(rows: Rows, manifest: Mapping[str, Any]) -> str:
     grid = [row for row in rows if row["scenario"] == "grid"]
     single = [row for row in grid if row["concurrency"] == min(each["concurrency"] for each in grid)]
     problems = "".join(f"<li>{escape(problem)}</li>" for problem in manifest["problems"])
+    left_out = escape(", ".join(manifest.get("left_out", [])))
     sections = [
         "<h1>Dense against Focus</h1>",
         f"<p>{escape(manifest['title'])}</p>",
         f'<div class="problems"><b>Not to be trusted as it is:</b><ul>{problems}</ul></div>'
         if problems
         else "",
+        f"<p>Left out, for there was no time: {left_out}.</p>" if left_out else "",
         "<h2>One request at a time</h2>",
         _charts(latency_charts(single)),
         "<h2>Many at a time</h2>",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from loadtest.bench import Cell, Request, Result, Target, run
+from loadtest.capacity import Prefill
 
 SHORT_TOKENS = 256
 """Prompt of the short requests that meet long ones."""
@@ -25,20 +27,27 @@ class Plan:
     """Requests per second, at the middle one of the lengths."""
     turns: int
     """Of one conversation; 0: none."""
-    beside: bool
-    """Send short requests beside the longest prompt."""
+    beside: int
+    """Length of the prompt that short requests are sent beside; 0: none."""
     requests: int
     """Per cell; fewer where prompts are so long that they are more than `tokens`."""
     tokens: int
     output_tokens: int
     seed: int
+    fewest: int = 3
+    """Requests of a cell at least, however long their prompts are."""
+    warm_up: int | None = None
+    """Longest prompt of which one is sent first and not reported; None: of every length."""
 
     def count(self, length: int, concurrency: int) -> int:
-        """Return the number of requests of a cell: at least 3, and one for every place."""
-        return max(min(self.requests, self.tokens // length), concurrency, 3)
+        """Return the number of requests of a cell: one for every place at least."""
+        return max(min(self.requests, self.tokens // length), concurrency, self.fewest)
 
     def grid(self, kv_tokens: int | None) -> list[Cell]:
-        """Return the cells of lengths and concurrencies whose requests fit in the KV cache together."""
+        """Return the cells of lengths and concurrencies whose requests fit in the KV cache together.
+
+        One request at a time comes first, for a run that is cut short.
+        """
         return [
             Cell(
                 "grid",
@@ -49,7 +58,7 @@ class Plan:
                 seed=self.seed + number,
             )
             for number, (length, concurrency) in enumerate(
-                (length, concurrency) for length in self.lengths for concurrency in self.concurrencies
+                (length, concurrency) for concurrency in self.concurrencies for length in self.lengths
             )
             if kv_tokens is None
             or concurrency == 1
@@ -57,33 +66,132 @@ class Plan:
         ]
 
 
-def run_plan(plan: Plan, target: Target, side: str, kv_tokens: int | None, report: Report) -> None:
-    """Run everything on one side; prompts depend on the plan alone."""
+class Clock:
+    """When one side has to be done, and which cells would not be."""
+
+    def __init__(self, seconds: float | None) -> None:
+        """Start now; None: there is time for everything."""
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._seconds: dict[int, float] = {}
+        """What a request took, with its share of everything around it, by length."""
+
+    def left(self) -> float | None:
+        """Return the seconds that are left; None: as many as it takes."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def fits(self, cell: Cell) -> bool:
+        """Judge by the cells so far."""
+        left = self.left()
+        if left is None or not self._seconds:
+            return left is None or left > 0
+        arriving = cell.requests / cell.rate if cell.rate else 0.0
+        return max(cell.requests * self._expected(cell.length), arriving) < left
+
+    def _expected(self, length: int) -> float:
+        """Return what a request will take: a l + b l^2, by the two longest of the shorter lengths."""
+        known = [(each, self._seconds[each]) for each in sorted(self._seconds) if each <= length][-2:]
+        if not known:
+            shortest = min(self._seconds)
+            return self._seconds[shortest] * length / shortest
+        last, seconds = known[-1]
+        growth = length / last
+        most = seconds * growth**2
+        if len(known) == 1:
+            return most
+        return min(max(Prefill.fit(*zip(*known, strict=True)).seconds(length), seconds * growth), most)
+
+    def took(self, cell: Cell, seconds: float) -> None:
+        """Take note of a cell that has ended."""
+        if not cell.rate:  # its time is mostly waiting for arrivals
+            self._seconds[cell.length] = seconds / cell.requests
+
+
+Step = tuple[Cell, Callable[[float | None], list[Result]]]
+"""A cell, and what measures it, with others that belong to it, within so many seconds."""
+
+
+def run_plan(
+    plan: Plan,
+    target: Target,
+    side: str,
+    kv_tokens: int | None,
+    report: Report,
+    clock: Clock,
+    wanted: Container[Cell] | None = None,
+) -> tuple[list[Cell], list[Cell]]:
+    """Run everything on one side that there is time for; prompts depend on the plan alone.
+
+    Args:
+        plan: What to run.
+        target: The server.
+        side: Its name.
+        kv_tokens: What its cache holds.
+        report: Called with every result.
+        clock: A cell that would outlast it is left out.
+        wanted: Cells to run; None: all.
+
+    Returns:
+        Cells that were run, and those that there was no time for.
+    """
     for length in plan.lengths:  # compiles, and grows what grows; not reported
-        run(target, side, [Cell("warmup", length, 1, 1, output_tokens=8, seed=plan.seed + 999)])
-    for cell in plan.grid(kv_tokens):
-        report(*run(target, side, [cell]))
+        cell = Cell("warmup", length, 1, 1, output_tokens=8, seed=plan.seed + 999)
+        if (plan.warm_up is None or length <= plan.warm_up) and clock.fits(cell):
+            began = time.monotonic()
+            run(target, side, [cell])
+            clock.took(cell, time.monotonic() - began)
+    done, left_out = [], []
+    for cell, measure in _steps(plan, target, side, kv_tokens):
+        if wanted is not None and cell not in wanted:
+            continue
+        began = time.monotonic()
+        try:
+            results = measure(clock.left()) if clock.fits(cell) else []
+        except TimeoutError:
+            results = []
+        if not results:
+            left_out.append(cell)
+            continue
+        clock.took(cell, time.monotonic() - began)
+        done.append(cell)
+        for result in results:
+            report(result)
+    return done, left_out
+
+
+def _steps(plan: Plan, target: Target, side: str, kv_tokens: int | None) -> Iterator[Step]:
+    """Yield everything in the order of what it tells."""
+
+    def alone(cell: Cell) -> Step:
+        return cell, lambda seconds: run(target, side, [cell], seconds)
+
+    grid = plan.grid(kv_tokens)
+    first = [cell for cell in grid if cell.concurrency == plan.concurrencies[0]]
+    yield from map(alone, first)
+    if plan.beside:
+        long = Cell("long", plan.beside, 1, 1, output_tokens=2, seed=plan.seed + 300)
+        yield long, lambda seconds: short_beside_long(plan, long, target, side, seconds)
+    yield from map(alone, conversation(plan))
+    yield from map(alone, grid[len(first) :])
     for number, rate in enumerate(plan.rates):
         length = plan.lengths[len(plan.lengths) // 2]
         cell = Cell("rate", length, plan.requests, rate=rate, output_tokens=plan.output_tokens)
-        report(*run(target, side, [dataclasses.replace(cell, seed=plan.seed + 100 + number)]))
-    if plan.beside:
-        for result in short_beside_long(plan, target, side):
-            report(result)
-    for cell in conversation(plan):
-        report(*run(target, side, [cell]))
+        yield alone(dataclasses.replace(cell, seed=plan.seed + 100 + number))
 
 
-def short_beside_long(plan: Plan, target: Target, side: str) -> list[Result]:
-    """Send short requests alone, and while the longest prompt prefills; return both, if any met one."""
+def short_beside_long(
+    plan: Plan, long: Cell, target: Target, side: str, seconds: float | None
+) -> list[Result]:
+    """Send short requests alone, and while a long prompt prefills; return both, if any met one."""
+    end = None if seconds is None else time.monotonic() + seconds
     short = Cell("alone", SHORT_TOKENS, plan.requests, rate=4, output_tokens=2, seed=plan.seed + 200)
-    (alone,) = run(target, side, [short])
+    (alone,) = run(target, side, [short], seconds)
     # How many short ones a long one meets is known afterwards only.
     met: list[Request] = []
     for number in range(3):
-        long = Cell("long", plan.lengths[-1], 1, 1, output_tokens=2, seed=plan.seed + 300 + number)
+        again = dataclasses.replace(long, seed=long.seed + number)
         beside = dataclasses.replace(short, scenario="beside", seed=plan.seed + 400 + number)
-        long_result, result = run(target, side, [long, beside])
+        left = None if end is None else max(0.0, end - time.monotonic())
+        long_result, result = run(target, side, [again, beside], left)
         met += [request for request in result.requests if _overlaps(request, long_result.requests[0])]
         if len(met) >= plan.requests / 2:
             break

@@ -11,20 +11,22 @@ from typing import Any
 
 import pytest
 
+from loadtest import scenarios
 from loadtest.__main__ import RESULTS, length, main
 from loadtest.advise import Measured, classify, read_trace
+from loadtest.bench import Cell
 from loadtest.capacity import SIDES, fit, scale
 from loadtest.charts import bars, lines
 from loadtest.parallel import differences
 from loadtest.report import render
-from loadtest.scenarios import Plan, conversation
+from loadtest.scenarios import Clock, Plan, conversation, run_plan
 
 PLAN = Plan(
     lengths=[1000, 50_000],
     concurrencies=[1, 4],
     rates=[],
     turns=0,
-    beside=False,
+    beside=0,
     requests=20,
     tokens=200_000,
     output_tokens=8,
@@ -62,12 +64,12 @@ def test_the_turns_of_a_conversation_share_their_history() -> None:
 
 
 def test_long_prompts_are_sent_fewer_times_but_fill_every_place() -> None:
-    assert [cell.requests for cell in PLAN.grid(None)] == [20, 20, 4, 4]
+    assert [cell.requests for cell in PLAN.grid(None)] == [20, 4, 20, 4]
 
 
 def test_prompts_that_do_not_fit_in_the_cache_together_are_left_out() -> None:
     cells = [(cell.length, cell.concurrency) for cell in PLAN.grid(kv_tokens=60_000)]
-    assert cells == [(1000, 1), (1000, 4), (50_000, 1)]
+    assert cells == [(1000, 1), (50_000, 1), (1000, 4)]
 
 
 def test_measured_times_are_exact_where_measured_and_interpolated_between() -> None:
@@ -193,3 +195,52 @@ def test_workers_that_differ_are_told_from_those_that_agree() -> None:
     )
     assert "5000 tokens" in other_token
     assert "worker 1" in other_group
+
+
+def test_a_run_with_a_limit_leaves_out_what_would_outlast_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(scenarios.time, "monotonic", lambda: now)
+    clock = Clock(100)
+    assert clock.fits(Cell("grid", 1000, 4, 1))  # nothing is known yet
+    clock.took(Cell("grid", 1000, 4, 1), 8)
+    assert clock.fits(Cell("grid", 2000, 12, 4))  # 12 x 2 s x 4
+    assert not clock.fits(Cell("grid", 2000, 13, 4))
+    assert not clock.fits(Cell("rate", 1000, 10, rate=0.1))
+    clock.took(Cell("grid", 2000, 1, 1), 6)  # l + l^2 / 2, with 1000 tokens for l
+    assert clock.fits(Cell("grid", 4000, 4, 1))  # 4 x 20 s
+    assert not clock.fits(Cell("grid", 4000, 6, 1))
+    now = 97
+    assert clock.fits(Cell("grid", 1000, 1, 1))
+    now = 101
+    assert clock.left() == 0
+    assert not clock.fits(Cell("grid", 1, 1, 1))
+
+
+def test_both_sides_run_the_same_cells_though_the_first_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request of L tokens takes L seconds here, on the second side a tenth."""
+    now = 0.0
+
+    def run(target: Any, side: str, cells: list[Cell], seconds: float | None = None) -> list[Any]:
+        nonlocal now
+        took = cells[0].requests * cells[0].length * (1 if side == "dense" else 0.1)
+        if seconds is not None and took > seconds:
+            now += seconds
+            raise TimeoutError
+        now += took
+        return [cells[0]]
+
+    monkeypatch.setattr(scenarios.time, "monotonic", lambda: now)
+    monkeypatch.setattr(scenarios, "run", run)
+    plan = dataclasses.replace(
+        PLAN, lengths=[10, 100], concurrencies=[1, 16], requests=1, fewest=1, warm_up=10
+    )
+    reported: list[list[Any]] = []
+    wanted = None
+    for side in ("dense", "focus"):
+        cells: list[Any] = []
+        wanted, left_out = run_plan(plan, None, side, None, cells.append, Clock(1200), wanted)
+        reported.append(cells)
+        assert len(left_out) == (1 if side == "dense" else 0)
+    assert reported[0] == reported[1] == wanted
+    assert [(cell.length, cell.concurrency) for cell in reported[0]] == [(10, 1), (100, 1), (10, 16)]
+    assert now == 1.1 * (10 + 10 + 100 + 160)

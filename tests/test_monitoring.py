@@ -27,7 +27,7 @@ CLUSTER = "kube_horizontalpodautoscaler"
 """Metrics of Kubernetes, which no focus-serve exports."""
 LOAD = [
     *("--lengths", "300", "3000", "--concurrency", "2", "--requests", "6", "--output-tokens", "4"),
-    *("--turns", "0", "--no-beside"),
+    *("--turns", "0", "--beside", "0"),
 ]
 
 
