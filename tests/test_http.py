@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,40 +16,21 @@ from drains import check_drain
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtest import serving
+
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 MODEL = "focus-demo"
 PROMPT = "The history of the city begins with"
 MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
-START_SECONDS = 200
 
 
-class Server:
-    """A focus-serve in its own process group."""
+class Server(serving.Server):
+    """A focus-serve with the embedded demo."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
-        self.url = f"http://localhost:{_free_port()}"
-        self.log = log
-        port = self.url.rpartition(":")[2]
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "server.cli", "--port", port, *arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, "FOCUS_STATS_INTERVAL": "0.5"},
-            )
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while not self._is_healthy():
-            assert self.process.poll() is None, f"focus-serve stopped:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, f"focus-serve is not ready:\n{self.log.read_text()}"
-            time.sleep(0.5)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return str(response.read().decode())
+        environment = {"FOCUS_STATS_INTERVAL": "0.5"}
+        super().__init__([*serving.FOCUS_SERVE, *arguments], log, environment, serving.free_port())
 
     def info(self) -> dict[str, Any]:
         return dict(json.loads(self.get("/focus/info")))
@@ -69,31 +45,6 @@ class Server:
             for sample in family.samples
             if sample.name.endswith("_total")
         }
-
-    def stop(self) -> int:
-        """Ask the server to stop; return its exit status."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
-
-    def kill(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        self.process.wait(timeout=30)
-
-    def _is_healthy(self) -> bool:
-        try:
-            self.get("/health")
-        except (urllib.error.URLError, ConnectionError):
-            return False
-        return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real focus-serve with two API server processes under load."""
+"""A real focus-serve with two API server processes under load: Prometheus scrapes it, and it drains."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import random
 import subprocess
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from debian import prometheus, promtool
+from drains import check_drain
 
 from loadtest.scrape import BUCKETS, Prometheus, measure, missing, scraping
-from loadtest.serving import FOCUS_SERVE, Server, serving
+from loadtest.serving import FOCUS_SERVE, Server, apart, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -19,7 +21,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [*FOCUS_SERVE, "--api-server-count", "2"]
     environment = {"FOCUS_PROMPT_BUCKETS": BUCKETS, "FOCUS_STATS_INTERVAL": "1"}
-    with serving(command, tmp_path_factory.mktemp("server") / "log", environment) as server:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(command, log, environment) as server, apart(server):
         yield server
 
 
@@ -50,3 +53,7 @@ def test_promtool_finds_nothing_to_lint_in_our_metrics(server: Server, scraped: 
     assert ours.count("# TYPE focus_") >= 20
     lint = subprocess.run([promtool(), "check", "metrics"], input=ours, capture_output=True, text=True)
     assert (lint.returncode, lint.stdout, lint.stderr) == (0, "", "")
+
+
+def test_both_api_servers_drain_on_request_under_load(server: Server) -> None:
+    check_drain(server, lambda: httpx.post(f"{server.url}/focus/drain").raise_for_status())
