@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 
-from loadtest.serving import FOCUS_SERVE, serving
+from loadtest.serving import FOCUS_SERVE, apart, serving
 
 MODEL = "focus-demo"
 
@@ -44,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure_server(threshold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     command = [*FOCUS_SERVE, "--long-prefill-token-threshold", str(threshold), "--no-enable-prefix-caching"]
-    with tempfile.TemporaryDirectory() as folder, serving(command, Path(folder) / "log") as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(command, Path(folder) / "log") as server,
+        apart(server),
+    ):
         _ttft(server.url, 2 * arguments.short)
         for count in arguments.long:
             row = {"threshold": threshold, **_measure(server.url, count, arguments.length, arguments.short)}
@@ -56,6 +60,7 @@ def _measure_server(threshold: int, arguments: argparse.Namespace) -> list[dict[
 
 def _measure(url: str, count: int, length: int, short: int) -> dict[str, Any]:
     alone = statistics.median(_ttft(url, short) for _ in range(5))
+    long_alone = _ttft(url, length)
     long: list[float] = []
     threads = [threading.Thread(target=lambda: long.append(_ttft(url, length))) for _ in range(count)]
     for thread in threads:
@@ -73,6 +78,7 @@ def _measure(url: str, count: int, length: int, short: int) -> dict[str, Any]:
         "short_median": round(statistics.median(times), 3),
         "short_max": round(max(times), 3),
         "short_requests": len(times),
+        "long_alone": round(long_alone, 2),
         "first_long": round(min(long), 2),
         "last_long": round(max(long), 2),
     }
