@@ -81,6 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         **describe(info),
         "plan": dataclasses.asdict(plan),
         "objectives": {"ttft": options.slo_ttft, "tpot": options.slo_tpot},
+        "quality": _quality(options.quality),
         "left_out": [],
     }
 
@@ -117,6 +118,7 @@ def _run(options: argparse.Namespace) -> int:
             with _server(options, side, folder) as url:
                 target = Target.at(url, options.tokenizer, options.api_key)
                 info[side], room = _about(target)
+                info[side]["kv_tokens"] = room
                 manifest["title"] = options.title or f"{info[side]['model']}, measured over HTTP"
                 kv_tokens = min(kv_tokens or room, room) if room else kv_tokens
                 end = options.limit and began + (options.limit - STOP_SECONDS) * share
@@ -195,9 +197,25 @@ def _doubts(row: dict[str, Any]) -> list[str]:
     return found
 
 
+def _quality(path: Path | None) -> list[dict[str, Any]] | None:
+    """Read what `focus-vllm evaluate --json` printed; the first row is dense's."""
+    if path is None:
+        return None
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    if not isinstance(rows, list) or not rows or rows[0].get("name") != "dense":
+        raise ValueError(
+            f"{path} is not what focus-vllm evaluate --json prints: its first row must be dense's"
+        )
+    return rows
+
+
 def _report(options: argparse.Namespace) -> int:
     from loadtest.report import write_report
 
+    if options.quality:
+        path = options.folder / "manifest.json"
+        manifest = {**json.loads(path.read_text()), "quality": _quality(options.quality)}
+        path.write_text(json.dumps(manifest, indent=1) + "\n")
     sys.stdout.write(f"{write_report(options.folder)}\n")
     return 0
 
@@ -297,6 +315,13 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the report again")
     report.set_defaults(function=_report)
     report.add_argument("folder", type=Path)
+    for command in (run, report):
+        command.add_argument(
+            "--quality",
+            type=Path,
+            metavar="JSON",
+            help="what focus-vllm evaluate --json printed, to show beside",
+        )
 
     advise = commands.add_parser("advise", help="estimate the gain for the prompts of an access log")
     advise.set_defaults(function=_advise)

@@ -38,13 +38,13 @@ def lines(
     x_ticks: Sequence[float] | None = None,
     format_x: object = short,
     reference: float | None = None,
+    dashed: Set[str] = frozenset(),
 ) -> str:
     """Draw lines.
 
     Args:
         title: Above the chart.
-        series: Points by name. One that begins with dense or focus has that side's colour; one that
-            ends in p95 is dashed if there is the same with p50.
+        series: Points by name. If all begin with dense or focus, they have that side's colour.
         x_label: Below the chart.
         y_label: At its left.
         log_x: Logarithmic; positive values only, others are left out.
@@ -52,6 +52,7 @@ def lines(
         x_ticks: Where to put numbers; by default at round ones.
         format_x: How to write them.
         reference: A horizontal line.
+        dashed: Names whose line is dashed.
     """
     kept = {
         name: [(x, y) for x, y in points if (x > 0 or not log_x) and (y > 0 or not log_y)]
@@ -76,17 +77,16 @@ def lines(
             f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
         )
     names = _colors(list(kept))
-    dashes = {name for name in kept if name.endswith("p95") and name.replace("p95", "p50") in kept}
     for name, points in kept.items():
-        dashed = ' stroke-dasharray="5 4"' if name in dashes else ""
+        dash = ' stroke-dasharray="5 4"' if name in dashed else ""
         path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" stroke="{names[name]}"{dashed}/>')
+        parts.append(f'<polyline points="{path}" stroke="{names[name]}"{dash}/>')
         parts += [
             f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3" fill="{names[name]}">'
             f"<title>{escape(name)}: {short(y)}</title></circle>"
             for x, y in points
         ]
-    return _figure(parts, names, dashes)
+    return _figure(parts, names, dashed)
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:

@@ -1,16 +1,17 @@
 """The demo with Focus over several workers: does it give the tokens and the groups that one process gives?
 
     python -m loadtest.parallel tensor          two tensor-parallel workers, vLLM's executor
-    python -m loadtest.parallel ray             the same, on a Ray cluster that runs already
+    python -m loadtest.parallel ray             the same on two Ray nodes, both on this host (pip install ray)
     python -m loadtest.parallel data            two data-parallel engines behind one focus-serve
 
-Prompts below and above dense_below, greedy, float32. With tensor parallelism, all ranks must store the same
-groups, byte by byte. The exit status is 1 if anything differs.
+Prompts below and above dense_below, greedy, float32, on CPUs. With tensor parallelism, all ranks must store
+the same groups, byte by byte. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -19,13 +20,16 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from loadtest.serving import FOCUS_SERVE, Server, serving
+from loadtest.serving import FOCUS_SERVE, Server, free_port, serving
 from server.models import DEMO_ADAPTER, DEMO_FOLDER
 
+RAY_RESOURCE = "TPU"
+"""Any whose units Ray numbers, other than GPU: a CPU has none."""
 LENGTHS = (300, 2500, 5000)
 NEW_TOKENS = 24
 # vLLM would bind the workers to cores, one list for each; small machines have no two lists.
@@ -46,9 +50,46 @@ def digests(worker: Any) -> dict[int, str]:
     }
 
 
+def name_resource() -> None:
+    """Name the resource that Ray gives a worker, which vLLM does not do for CPUs: it refuses Ray there."""
+    from vllm.platforms import current_platform
+
+    type(current_platform).ray_device_key = RAY_RESOURCE
+
+
+@contextlib.contextmanager
+def ray_nodes(number: int) -> Iterator[None]:
+    """Run a Ray cluster on this host, with room for one worker on each of its nodes."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    name_resource()
+    cluster = Cluster()
+    try:
+        for _ in range(number):
+            cluster.add_node(num_cpus=1, resources={RAY_RESOURCE: 1}, object_store_memory=200 * 2**20)
+        environment = {"worker_process_setup_hook": "loadtest.parallel.name_resource"}
+        ray.init(address=cluster.address, runtime_env=environment)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 def generate(workers: int, executor: str) -> dict[str, Any]:
     """Run an engine in this process and return its tokens and every worker's digests."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send `digests` to the workers
+    if executor == "ray" and workers > 1:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is Ray's driver: in this process
+        os.environ["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "1"  # the other wants an IP address for each node
+        # Shared memory is called after the port that vLLM chooses from this, and stays behind.
+        os.environ["VLLM_DP_MASTER_PORT"] = str(free_port())
+        with ray_nodes(workers):
+            return _generate(workers, executor)
+    return _generate(workers, executor)
+
+
+def _generate(workers: int, executor: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -64,11 +105,13 @@ def generate(workers: int, executor: str) -> dict[str, Any]:
     )
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts()], params, use_tqdm=False)
-    return {
+    found = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "groups": llm.collective_rpc(digests),
         "stats": llm.collective_rpc("focus_stats"),
     }
+    llm.llm_engine.engine_core.shutdown()  # before its Ray cluster, if it has one
+    return found
 
 
 def in_a_process(workers: int, executor: str) -> dict[str, Any]:
@@ -165,11 +208,12 @@ def main() -> int:
         arguments.output.write_text(json.dumps(generate(arguments.workers, arguments.what)))
         return 0
     if arguments.what == "data":
-        found = data_parallel()
+        found, same = data_parallel(), "the same tokens from two engines"
     else:
         executor = "ray" if arguments.what == "ray" else "mp"
         found = differences(in_a_process(1, executor), in_a_process(2, executor))
-    sys.stdout.write("\n".join(found or ["the same tokens, and the same groups on every rank"]) + "\n")
+        same = "the same tokens, and the same groups on every rank"
+    sys.stdout.write("\n".join(found or [same]) + "\n")
     return 1 if found else 0
 
 

@@ -12,6 +12,7 @@ from loadtest.bench import PHASES
 from loadtest.charts import bars, lines, short, tokens
 
 SIDES = ("dense", "focus")
+P95 = frozenset(f"{side} p95" for side in SIDES)
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -65,11 +66,12 @@ def render(rows: Rows, manifest: Mapping[str, Any]) -> str:
         else "",
         f"<p>Left out, for there was no time: {left_out}.</p>" if left_out else "",
         "<h2>One request at a time</h2>",
-        _charts(latency_charts(single)),
+        _charts([*latency_charts(single), quality_chart(manifest)]),
+        f"<p>{escape(quality(manifest))}</p>",
         "<h2>Many at a time</h2>",
         heatmap(grid, "ttft_p50", "Time to first token, dense / Focus (above 1 Focus is faster)"),
         heatmap(grid, "tpot_p50", "Time per output token, dense / Focus"),
-        _charts([*throughput_charts(grid), goodput_chart(rows)]),
+        _charts([concurrency_chart(grid, manifest), *throughput_charts(grid), goodput_chart(rows)]),
         "<h2>Traffic as it comes</h2>",
         _charts([beside_chart(rows), turns_chart(rows)]),
         "<h2>Every cell</h2>",
@@ -115,13 +117,67 @@ def latency_charts(rows: Rows) -> list[str]:
         "time per output token": _ratios(rows, "tpot_p50"),
     }
     return [
-        lines("Time to first token", ttft, "prompt tokens", "seconds", log_y=True, **axis),
+        lines("Time to first token", ttft, "prompt tokens", "seconds", log_y=True, dashed=P95, **axis),
         lines("Speed-up, dense / Focus", ratios, "prompt tokens", "times", reference=1, **axis),
         lines("Time per output token", tpot, "prompt tokens", "milliseconds", **axis),
         bars("Where a request's time goes, mean", groups, "seconds"),
         lines("Keys that Focus reads", kept, "prompt tokens", "fraction of dense", **axis),
         lines("KV cache in use, peak", cache, "prompt tokens", "fraction", **axis),
     ]
+
+
+def quality_chart(manifest: Mapping[str, Any]) -> str:
+    """Return what `focus-vllm evaluate` measured by length, to stand beside the keys read."""
+    rows = manifest.get("quality") or []
+    gaps = {}
+    for row in rows[1:]:
+        by_length = row["perplexity_by_length"]
+        dense = rows[0]["perplexity_by_length"]
+        gaps[row["name"]] = [(int(size), (by_length[size] / dense[size] - 1) * 100) for size in by_length]
+    lengths = sorted({length for points in gaps.values() for length, _ in points})
+    return lines(
+        "Perplexity above dense", gaps, "first tokens of a text", "percent",
+        log_x=True, x_ticks=lengths, format_x=tokens,
+    )  # fmt: skip
+
+
+def quality(manifest: Mapping[str, Any]) -> str:
+    """Return what the adapter costs in quality, as far as it is known."""
+    rows = manifest.get("quality")
+    if not rows:
+        return (
+            "What Focus costs in quality is not known here: measure it with focus-vllm evaluate --json, "
+            "and give what that prints as --quality."
+        )
+    dense, *others = rows
+    said = (
+        f"{row['name']}: {row['far_pairs']:.1%} of far pairs kept, "
+        f"perplexity {row['perplexity'] / dense['perplexity'] - 1:+.2%} against dense, "
+        f"negative log-likelihood of a repeated span {row['recall']:.3f} (dense {dense['recall']:.3f})"
+        for row in others
+    )
+    return f"Quality, measured apart by focus-vllm evaluate. {'; '.join(said)}."
+
+
+def concurrency_chart(rows: Rows, manifest: Mapping[str, Any]) -> str:
+    """Return how many at a time met the objectives, of those tried on both sides, and fit in the cache."""
+    tried = [{(row["length"], row["concurrency"]) for row in _of(rows, side)} for side in SIDES]
+    both = tried[0] & tried[1]
+    lengths = sorted({length for length, _ in both})
+    series, fit = {}, set()
+    for side in SIDES:
+        most: dict[int, int] = {}
+        for row in _of(rows, side):
+            if row["meets_objective"] and (row["length"], row["concurrency"]) in both:
+                most[row["length"]] = max(most.get(row["length"], 0), row["concurrency"])
+        series[f"{side} within objective"] = [(length, float(most[length])) for length in sorted(most)]
+        if room := manifest.get("servers", {}).get(side, {}).get("kv_tokens"):
+            fit.add(f"{side} cache holds")
+            series[f"{side} cache holds"] = [(length, room / length) for length in lengths]
+    return lines(
+        "Most requests at a time", series, "prompt tokens", "requests", log_x=True, log_y=True,
+        x_ticks=lengths, format_x=tokens, dashed=fit,
+    )  # fmt: skip
 
 
 def throughput_charts(rows: Rows) -> list[str]:
@@ -198,7 +254,7 @@ def heatmap(rows: Rows, what: str, title: str) -> str:
         f"<h3>{escape(title)}</h3>"
         f'<table class="heat"><tr><th>at a time</th>{head}</tr>{"".join(body)}</table>'
         "<p>&#9679; both sides meet the objective in 95 % of requests, &#9680; Focus alone, &#9681; dense, "
-        "&#9675; none; &ndash; not run: the prompts do not fit in the KV cache together.</p>"
+        "&#9675; none; &ndash; not run: no room in the KV cache for so many prompts, or no time.</p>"
     )
 
 

@@ -18,7 +18,7 @@ from loadtest.bench import Cell
 from loadtest.capacity import SIDES, fit, scale
 from loadtest.charts import bars, lines
 from loadtest.parallel import differences
-from loadtest.report import render
+from loadtest.report import concurrency_chart, render
 from loadtest.scenarios import Clock, Plan, conversation, run_plan
 
 PLAN = Plan(
@@ -184,6 +184,46 @@ def test_the_report_shows_the_numbers_and_needs_nothing_from_elsewhere() -> None
     for shown in ("0.8", "0.4", "9", "3"):
         assert f"<td>{shown}</td>" in page
     assert not re.search(r"(src|href)=|url\(|@import|<script", page)
+
+
+def test_the_report_shows_how_many_requests_at_a_time_were_good_enough() -> None:
+    rows = [
+        row(side, prompt, 1.0, concurrency=number, meets_objective=number <= good)
+        for side, prompt, good in (
+            ("dense", 8192, 2),
+            ("dense", 65536, 0),
+            ("focus", 8192, 4),
+            ("focus", 65536, 1),
+        )
+        for number in (1, 2, 4)
+    ]
+    servers = {side: {"kv_tokens": 131072} for side in ("dense", "focus")}
+    page = concurrency_chart(rows, {"servers": servers})
+    assert re.findall(r"<title>(dense within objective: \d)<", page) == ["dense within objective: 2"]
+    assert re.findall(r"<title>focus within objective: (\d)<", page) == ["4", "1"]
+    assert re.findall(r"<title>focus cache holds: (\d+)<", page) == ["16", "2"]
+
+
+def test_the_report_shows_what_evaluation_measured_and_says_so_if_nothing_did(tmp_path: Path) -> None:
+    lengths = {"1024": 20.0, "4096": 16.0}
+    dense = {
+        "name": "dense",
+        "perplexity": 16.0,
+        "recall": 0.5,
+        "far_pairs": 1.0,
+        "perplexity_by_length": lengths,
+    }
+    focus = {**dense, "name": "focus K=8", "perplexity": 16.8, "recall": 0.6, "far_pairs": 0.27}
+    evaluated = tmp_path / "quality.json"
+    evaluated.write_text(json.dumps([dense, {**focus, "perplexity_by_length": {"1024": 20.0, "4096": 16.8}}]))
+    (tmp_path / "cells.jsonl").write_text(json.dumps(row("dense", 8192, 0.8)) + "\n")
+    (tmp_path / "manifest.json").write_text(json.dumps({"title": "T", "problems": []}))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "not known here" in (tmp_path / "report.html").read_text()
+    assert main(["report", str(tmp_path), "--quality", str(evaluated)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "27.0% of far pairs kept, perplexity +5.00% against dense" in page
+    assert re.findall(r"<title>focus K=8: ([\d.]+)<", page) == ["0", "5"]
 
 
 def test_workers_that_differ_are_told_from_those_that_agree() -> None:

@@ -18,6 +18,7 @@ from debian import prometheus
 from deploy.monitoring import alerts, dashboards
 from deploy.monitoring.preview import preview, substitute
 from loadtest.__main__ import main as loadtest
+from loadtest.advise import read_trace
 from loadtest.scrape import Prometheus, scraping
 from loadtest.serving import FOCUS_SERVE, serving
 
@@ -38,7 +39,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prometheu
     # Objectives that a busy machine meets as well.
     slow = {"FOCUS_SLO_TTFT": "120", "FOCUS_SLO_TPOT": "30", "FOCUS_SLO_E2E": "300"}
     environment = {"FOCUS_STATS_INTERVAL": "0.5", "FOCUS_PROMPT_BUCKETS": "1k,8k", **slow}
-    with serving(FOCUS_SERVE, folder / "server.log", environment) as server:
+    command = [*FOCUS_SERVE, "--log-format", "json"]
+    with serving(command, folder / "access.jsonl", environment) as server:
         target = server.url.removeprefix("http://")
         with scraping(prometheus(), [target], rules=[alerts.FOLDER / "alerts.yaml"]) as scraper:
             give_up(server.url)
@@ -127,6 +129,22 @@ def test_panels_agree_with_the_clients(loaded: tuple[Prometheus, Path, int]) -> 
     )
     long = [request["ttft"] for request in found if request["prompt_tokens"] > 1024]
     assert float(mean["value"][1]) == pytest.approx(sum(long) / len(long), rel=0.3)
+
+
+def test_advice_counts_the_requests_of_the_servers_log(
+    loaded: tuple[Prometheus, Path, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = loaded[1]
+    sent = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    with (folder / "access.jsonl").open() as lines:
+        trace = read_trace(lines)
+    answered = [(prompt, generated) for prompt, generated in trace if generated in (4, 8)]
+    assert len(answered) == len(sent) + 2 * 2
+    assert sum(prompt for prompt, generated in answered if generated == 4) == sum(
+        request["prompt_tokens"] for request in sent
+    )
+    assert loadtest(["advise", "--trace", str(folder / "access.jsonl")]) == 0
+    assert f"{len(trace)} requests" in capsys.readouterr().out
 
 
 def test_what_every_alert_compares_is_there(loaded: tuple[Prometheus, Path, int]) -> None:
