@@ -23,8 +23,11 @@ def tokens(number: float) -> str:
 
 
 def short(number: float) -> str:
-    """Write a number in few characters."""
-    return f"{number:.3g}"
+    """Write a number in few characters: three digits count."""
+    for unit, name in ((1e9, "G"), (1e6, "M")):
+        if abs(number) >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{float(f'{number:.3g}'):.0f}"
 
 
 def lines(

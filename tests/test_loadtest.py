@@ -16,7 +16,7 @@ from loadtest.__main__ import RESULTS, length, main
 from loadtest.advise import Measured, classify, read_trace
 from loadtest.bench import Cell
 from loadtest.capacity import SIDES, fit, scale
-from loadtest.charts import bars, lines
+from loadtest.charts import bars, lines, short
 from loadtest.parallel import differences
 from loadtest.report import concurrency_chart, render
 from loadtest.scenarios import Clock, Plan, conversation, run_plan
@@ -153,6 +153,22 @@ def test_a_trace_without_prompt_tokens_is_refused(tmp_path: Path, capsys: pytest
     trace.write_text("GET /v1/models 200\n")
     assert main(["advise", "--trace", str(trace)]) == 2
     assert "--log-format json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.012345, "0.0123"),
+        (7.0, "7"),
+        (999.7, "1000"),
+        (2500, "2500"),
+        (12345, "12300"),
+        (5e7, "50M"),
+        (-3e9, "-3G"),
+    ],
+)
+def test_numbers_are_short_and_not_in_powers_of_ten(number: float, text: str) -> None:
+    assert short(number) == text
 
 
 def test_a_chart_puts_larger_values_higher_and_further_right() -> None:
