@@ -2,8 +2,9 @@
 
     python -m loadtest.fairness --output fairness.json
 
-For each `--long-prefill-token-threshold` it starts focus-serve with the embedded demo, lets some prompts of
-32,000 tokens prefill, and meanwhile asks short ones, one after the other.
+For focus-serve's own division of steps (`shared`), and for each `--long-prefill-token-threshold`, it starts
+focus-serve with the embedded demo, lets some prompts of 32,000 tokens prefill, alone and then while it asks
+short ones, one after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MODEL = "focus-demo"
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a line for each case and write all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--thresholds", type=int, nargs="+", default=[0, 1024, 512])
+    parser.add_argument("--thresholds", nargs="+", default=["shared", "0", "1024"])
     parser.add_argument("--long", type=int, nargs="+", default=[1, 3], help="long prompts at once")
     parser.add_argument("--length", type=int, default=32_000, help="tokens of a long prompt")
     parser.add_argument("--short", type=int, default=64, help="tokens of a short prompt")
@@ -41,9 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def _measure_server(threshold: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure_server(threshold: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    command = [*FOCUS_SERVE, "--long-prefill-token-threshold", str(threshold), "--no-enable-prefix-caching"]
+    command = [*FOCUS_SERVE, "--no-enable-prefix-caching"]
+    if threshold != "shared":
+        command += ["--long-prefill-token-threshold", threshold]
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(command, Path(folder) / "log") as server,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_vllm.adapter import load_adapter
+from focus_vllm.engine import steps
 from focus_vllm.engine.settings import FocusUnsupportedError, override
 from server.errors import LaunchError
 from server.keys import read_keys
@@ -23,9 +24,6 @@ from server.settings import Settings
 
 # vLLM configures handlers for its own logger only.
 logger = logging.getLogger("vllm.focus_serve.launch")
-
-LONG_SHARE = 2
-"""A step is this many times what one long prompt may take of it."""
 
 GATE = "server.gate.Gate"
 LOG_CONFIG = Path(str(resources.files("server"))) / "logging.json"
@@ -90,6 +88,8 @@ def plan_launch(
     if config:
         arguments += ["--additional-config", json.dumps(config)]
     environment = {"VLLM_PLUGINS": _plugins(environ.get("VLLM_PLUGINS")), **settings.environment()}
+    if "--long-prefill-token-threshold" not in _flags(vllm_arguments):  # 0 is a choice as well
+        environment[steps.VARIABLE] = str(settings.shared_prefills)
     if settings.log_format == "json":
         environment["VLLM_LOGGING_CONFIG_PATH"] = environ.get("VLLM_LOGGING_CONFIG_PATH", str(LOG_CONFIG))
     if model.location == str(DEMO_FOLDER):
@@ -115,49 +115,9 @@ def serve(launch: Launch) -> int:
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     arguments = parser.parse_args(["serve", *launch.arguments])
     command.validate(arguments)
-    if "--long-prefill-token-threshold" not in _flags(launch.arguments):  # 0 is a choice as well
-        _share_steps(arguments)
     command.cmd(arguments)
     lifecycle = getattr(arguments, "focus_lifecycle", None)
     return int(lifecycle is not None and lifecycle.engine_failed)
-
-
-def _share_steps(arguments: argparse.Namespace) -> None:
-    """Let one long prompt take only a part of each engine step, so that short ones need not wait for its end.
-
-    vLLM gives a step to the requests that run before those that wait, so without this a long prefill is
-    alone until it is done.
-    """
-    from vllm import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-
-    if arguments.long_prefill_token_threshold or arguments.enable_chunked_prefill is False:
-        return  # chosen in vLLM's configuration file, or impossible
-    budget = arguments.max_num_batched_tokens
-    if budget is None:
-        if not hasattr(AsyncEngineArgs, "get_batch_defaults"):
-            return
-        ranks = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
-        budget = AsyncEngineArgs.get_batch_defaults(ranks)[0][UsageContext.OPENAI_API_SERVER]
-    # vLLM refuses a threshold above the longest prompt; one that fits into a step is not long.
-    if _longest_prompt(arguments) > budget:
-        arguments.long_prefill_token_threshold = budget // LONG_SHARE
-        logger.info(
-            "A prompt takes at most %d of the %d tokens of a step (--long-prefill-token-threshold)",
-            budget // LONG_SHARE,
-            budget,
-        )
-
-
-def _longest_prompt(arguments: argparse.Namespace) -> int:
-    from transformers import AutoConfig
-
-    if (arguments.max_model_len or 0) > 0:
-        return int(arguments.max_model_len)
-    config = AutoConfig.from_pretrained(
-        arguments.model_tag, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
-    )
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 0
 
 
 def peek(vllm_arguments: Sequence[str]) -> argparse.Namespace:

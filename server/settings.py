@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     max_queued_tokens: int = Field(
         default=4_000_000, ge=1, description="prompt tokens of those requests, in each process; more get 503"
     )
+    shared_prefills: int = Field(
+        default=3,
+        ge=0,
+        description="long prompts beside which an engine step has room for short ones; 0: none",
+    )
     max_body_mb: float = Field(
         default=64, gt=0, description="size of a request's body, in MiB; more gets 413"
     )

@@ -463,6 +463,7 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file(
     command = words(printed.out)
     own = {name: value for name, value in command["env"].items() if name.startswith("FOCUS_")}
     assert own == {
+        "FOCUS_SHARED_PREFILLS": "3",
         "FOCUS_MAX_QUEUED_REQUESTS": "100",
         "FOCUS_MAX_QUEUED_TOKENS": "20",
         "FOCUS_DRAIN_TIMEOUT": "3",
@@ -472,7 +473,7 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file(
     assert "max_queued_tokens = 20\n" in printed.err
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    assert Settings().environment() == own
+    assert Settings().environment() | {"FOCUS_SHARED_PREFILLS": "3"} == own
 
 
 def test_every_wrong_setting_is_named_with_its_value_and_what_it_is_for(
@@ -579,21 +580,16 @@ def test_keys_on_the_command_line_and_ways_around_the_gate_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("flags", "threshold"),
+    ("flags", "shared"),
     [
-        ([], 1024),
-        (["--max-num-batched-tokens", "8192"], 4096),
-        (["--max-model-len", "2048"], 0),
-        (["--no-enable-chunked-prefill"], 0),
-        (["--long-prefill-token-threshold", "100"], 100),
+        ([], "3"),
+        (["--shared-prefills", "0"], "0"),
+        (["--long-prefill-token-threshold", "0"], None),
+        (["--long_prefill_token_threshold=100"], None),
     ],
 )
-def test_a_long_prompt_takes_half_of_a_step(flags: list[str], threshold: int) -> None:
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser(prog="vllm")
-    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    arguments = parser.parse_args(["serve", str(DEMO_FOLDER), *flags])
-    launch._share_steps(arguments)
-    assert arguments.long_prefill_token_threshold == threshold
+def test_steps_are_shared_unless_a_threshold_is_given(
+    flags: list[str], shared: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--adapter", "none", "--dry-run", *flags]) == 0
+    assert words(capsys.readouterr().out)["env"].get("FOCUS_SHARED_PREFILLS") == shared

@@ -1,12 +1,15 @@
-"""The vLLM plugin: `register` runs in every process and changes nothing until a model is loaded for Focus."""
+"""The vLLM plugin: `register` runs in every process; attention changes when a model is loaded for Focus."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from focus_vllm.engine import steps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +50,8 @@ def register() -> None:
     for loader in (base_loader.BaseModelLoader, tensorizer_loader.TensorizerLoader):
         if not hasattr(loader.load_model, "focus"):
             loader.load_model = _with_focus(loader.load_model)  # type: ignore[method-assign]
+    if shared := int(os.environ.get(steps.VARIABLE, 0)):
+        steps.share_steps(shared)
 
 
 def _with_focus(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
