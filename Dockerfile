@@ -1,5 +1,6 @@
 # docker build --target cpu --tag focus-serve:cpu .   serves the embedded demo, without a GPU
 # docker build --tag focus-serve .                    serves any supported model on NVIDIA GPUs
+# With --build-arg FOCUS_COMMIT="$(git rev-parse HEAD)", the metric focus_build_info says what was built.
 
 FROM python:3.11-slim AS wheel
 WORKDIR /src
@@ -27,7 +28,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 focus
 COPY --from=cpu-environment /opt/focus /opt/focus
-ENV PATH=/opt/focus/bin:$PATH
+ARG FOCUS_COMMIT=unknown
+ENV PATH=/opt/focus/bin:$PATH FOCUS_COMMIT=$FOCUS_COMMIT
 USER 10001
 WORKDIR /adapters
 EXPOSE 8000
@@ -40,6 +42,8 @@ RUN useradd --create-home --uid 10001 focus
 COPY --from=wheel /wheels /wheels
 # The image has every dependency in versions that fit its vLLM.
 RUN python3 -m pip install --no-cache-dir --no-deps /wheels/*.whl
+ARG FOCUS_COMMIT=unknown
+ENV FOCUS_COMMIT=$FOCUS_COMMIT
 USER 10001
 WORKDIR /adapters
 EXPOSE 8000

@@ -103,3 +103,10 @@ def test_images_run_as_a_user_without_privileges_and_report_their_health() -> No
         end = [words for words in stages()[name] if words[0] in ("USER", "HEALTHCHECK", "ENTRYPOINT")]
         assert [words[0] for words in end] == ["USER", "HEALTHCHECK", "ENTRYPOINT"]
         assert end[0][1] == "10001"
+
+
+def test_images_know_the_commit_they_were_built_from() -> None:
+    for name in ("cpu", "gpu"):
+        assert ["ARG", "FOCUS_COMMIT=unknown"] in stages()[name]
+        (environment,) = (words for words in stages()[name] if words[0] == "ENV")
+        assert "FOCUS_COMMIT=$FOCUS_COMMIT" in environment
