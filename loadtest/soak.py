@@ -39,7 +39,10 @@ WINDOW_SECONDS = 180.0
 """Memory is compared between the first and the last such stretch after the warm-up, or its halves."""
 LIMIT = 0.02
 SMALL_CACHE = ("--num-gpu-blocks-override", "320")
-"""Blocks become resident when they are first used; so few are all in use before the warm-up ends."""
+"""Blocks become resident when they are first used; so few are all in use before the warm-up ends.
+
+The heap takes longer, some ten minutes on one core, until it has had tensors of all sizes.
+"""
 RSS = 21
 """Where /proc/PID/stat has the resident pages, counted after the name."""
 
@@ -188,7 +191,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--warm-up", type=float, default=5, help="minutes, of those")
+    parser.add_argument("--warm-up", type=float, default=10, help="minutes, of those")
     parser.add_argument("--users", type=int, default=3)
     parser.add_argument("--api-servers", type=int, default=1)
     parser.add_argument("--output", type=Path)
