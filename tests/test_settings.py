@@ -9,6 +9,7 @@ from adapters import DEMO, random_adapter
 from transformers import AutoConfig
 
 from focus_vllm.adapter import AdapterError
+from focus_vllm.engine.plugin import check_vllm_version
 from focus_vllm.engine.settings import FocusUnsupportedError, read_settings
 
 
@@ -112,3 +113,26 @@ def test_a_missing_or_broken_adapter_is_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"\x08")
     with pytest.raises(AdapterError, match="not a complete safetensors file"):
         read_settings(vllm_config({"adapter": str(tmp_path / "broken.safetensors")}))
+
+
+@pytest.mark.parametrize(
+    ("version", "cpu", "tested"),
+    [
+        ("0.28.0", True, True),
+        ("0.26.0", True, False),
+        ("0.26.0+cu130", False, True),
+        ("0.29.1", False, False),
+    ],
+)
+def test_vllm_outside_what_was_tested_is_refused(monkeypatch, version, cpu, tested):
+    import vllm
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: cpu)
+    if tested:
+        check_vllm_version()
+        return
+    expected = f"tested on {'CPUs with vLLM 0.28' if cpu else 'GPUs with vLLM 0.26'} to 0.28, found {version}"
+    with pytest.raises(RuntimeError, match=expected.replace(".", r"\.")):
+        check_vllm_version()

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from focus_vllm.engine.settings import FocusSettings
     from focus_vllm.engine.state import FocusState
 
-SUPPORTED = ((0, 26), (0, 28))
+OLDEST, NEWEST = (0, 26), (0, 28)
+OLDEST_CPU = (0, 28)
+"""The CPU's cache had another shape before."""
 CPU_BACKEND = "focus_vllm.engine.backend_cpu.FocusCPUBackend"
 CUDA_BACKEND = "focus_vllm.engine.backend_cuda.FocusFlashAttentionBackend"
 
@@ -33,12 +35,14 @@ def check_vllm_version() -> None:
         RuntimeError: The version is outside the tested range.
     """
     import vllm
+    from vllm.platforms import current_platform
 
     release = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
-    if not SUPPORTED[0] <= release <= SUPPORTED[1]:
-        low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    oldest, where = (OLDEST_CPU, "CPUs") if current_platform.is_cpu() else (OLDEST, "GPUs")
+    if not oldest <= release <= NEWEST:
+        low, high = (".".join(map(str, bound)) for bound in (oldest, NEWEST))
         raise RuntimeError(
-            f"focus-vllm was tested with vLLM {low} to {high}, found {vllm.__version__}: "
+            f"focus-vllm was tested on {where} with vLLM {low} to {high}, found {vllm.__version__}: "
             "install a vLLM in that range or a newer focus-vllm"
         )
 
