@@ -41,7 +41,7 @@ LIMIT = 0.02
 SMALL_CACHE = ("--num-gpu-blocks-override", "320")
 """Blocks become resident when they are first used; so few are all in use before the warm-up ends.
 
-The heap takes longer, some ten minutes on one core, until it has had tensors of all sizes.
+The heap takes longer: ten to twenty minutes on one core.
 """
 RSS = 21
 """Where /proc/PID/stat has the resident pages, counted after the name."""
