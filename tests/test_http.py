@@ -29,7 +29,7 @@ class Server(serving.Server):
     """A focus-serve with the embedded demo."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
-        environment = {"FOCUS_STATS_INTERVAL": "0.5"}
+        environment = {"FOCUS_STATS_INTERVAL": "0.5", **serving.on_one_core()}
         super().__init__([*serving.FOCUS_SERVE, *arguments], log, environment, serving.free_port())
 
     def info(self) -> dict[str, Any]:

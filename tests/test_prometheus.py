@@ -12,7 +12,7 @@ from debian import prometheus, promtool
 from drains import check_drain
 
 from loadtest.scrape import BUCKETS, Prometheus, measure, missing, scraping
-from loadtest.serving import FOCUS_SERVE, Server, apart, serving
+from loadtest.serving import FOCUS_SERVE, Server, apart, on_one_core, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [*FOCUS_SERVE, "--api-server-count", "2"]
-    environment = {"FOCUS_PROMPT_BUCKETS": BUCKETS, "FOCUS_STATS_INTERVAL": "1"}
+    environment = {"FOCUS_PROMPT_BUCKETS": BUCKETS, "FOCUS_STATS_INTERVAL": "1", **on_one_core()}
     log = tmp_path_factory.mktemp("server") / "log"
     with serving(command, log, environment) as server, apart(server):
         yield server
