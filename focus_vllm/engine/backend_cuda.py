@@ -346,7 +346,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             )
             return stock
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("Focus does not fuse output quantization")
+            # Unreachable while `fused_output_quant_supported` says no, as in vLLM's own backend.
+            raise NotImplementedError("Focus does not quantize attention's output: turn that fusion off")
         num_tokens = attn_metadata.num_actual_tokens
         self._forward_focus(
             layer,

@@ -89,6 +89,7 @@ class Gate:
         scale: float,
         softcap: float,
     ) -> torch.Tensor:
+        """Attend from one block of queries; a gate with an `attend` of its own needs none."""
         raise NotImplementedError
 
     def parameters(self) -> list[torch.Tensor]:
