@@ -125,7 +125,9 @@ def _run(options: argparse.Namespace) -> int:
                 kv_tokens = min(kv_tokens or room, room) if room else kv_tokens
                 end = options.limit and began + (options.limit - STOP_SECONDS) * share
                 clock = Clock(end and end - time.monotonic())
-                wanted, left_out = run_plan(plan, target, side, kv_tokens, report, clock, wanted)
+                wanted, left_out = run_plan(
+                    plan, target, side, kv_tokens, report, clock, wanted, problems.append
+                )
                 manifest["left_out"] += [cell.name for cell in left_out]
                 if left_out and not wanted:
                     problems.append(f"{side}: nothing was measured, for the limit left no time")

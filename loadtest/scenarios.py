@@ -118,6 +118,7 @@ def run_plan(
     report: Report,
     clock: Clock,
     wanted: Container[Cell] | None = None,
+    complain: Callable[[str], None] = lambda problem: None,
 ) -> tuple[list[Cell], list[Cell]]:
     """Run everything on one side that there is time for; prompts depend on the plan alone.
 
@@ -129,6 +130,7 @@ def run_plan(
         report: Called with every result.
         clock: A cell that would outlast it is left out.
         wanted: Cells to run; None: all.
+        complain: Called with what went wrong where nothing was answered; the cell counts as left out.
 
     Returns:
         Cells that were run, and those that there was no time for.
@@ -147,6 +149,9 @@ def run_plan(
         try:
             results = measure(clock.left()) if clock.fits(cell) else []
         except TimeoutError:
+            results = []
+        except RuntimeError as failure:
+            complain(f"{side} {cell.name}: {failure}")
             results = []
         if not results:
             left_out.append(cell)

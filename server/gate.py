@@ -46,7 +46,8 @@ NO_WORK = ("/focus/drain", "/cancel", "/ping")
 CANCEL_SECONDS = 2.0
 """What vLLM has to end a request that took too long, and a client to read that it did."""
 
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b"\n\n"
+"""Empty events: nothing to any client. `vllm bench serve` (0.26, 0.28) loses all that follows a comment."""
 ERROR_TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",

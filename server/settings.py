@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         default=3600, gt=0, description="seconds that a request may take as a whole"
     )
     sse_keep_alive: float = Field(
-        default=15, ge=0, description="seconds of silence after which a stream gets a comment; 0: never"
+        default=15, ge=0, description="seconds of silence after which a stream gets an empty event; 0: never"
     )
     drain_timeout: int = Field(
         default=120, ge=0, description="seconds that requests under way get to finish when the server stops"

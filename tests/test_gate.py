@@ -38,6 +38,13 @@ def error(response: httpx.Response) -> str:
     return str(content["message"])
 
 
+def silence(server: StubServer, seconds: float) -> None:
+    """Let the stub's engine keep the next first token to itself for so long."""
+    server.call(server.engine.prefilled.clear)
+    loop = server.app.state.loop
+    loop.call_soon_threadsafe(loop.call_later, seconds, server.engine.prefilled.set)
+
+
 def until(condition: Callable[[], Any], seconds: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -349,26 +356,36 @@ def test_a_stream_over_its_time_ends_in_an_error_that_the_client_sees() -> None:
         until(lambda: server.value("focus_stream_incomplete_total", kind="error_event") == 1)
 
 
-def test_a_silent_stream_gets_comments_that_openais_client_skips() -> None:
+def test_a_silent_stream_gets_empty_events_that_openais_client_skips() -> None:
     import openai
 
     with stub_server(sse_keep_alive=0.1) as server:
-        server.call(server.engine.prefilled.clear)
-        server.app.state.loop.call_soon_threadsafe(
-            server.app.state.loop.call_later, 0.55, server.engine.prefilled.set
-        )
+        silence(server, 0.55)
         text = post(server, {**IDS, "stream": True}).text
-        assert 3 <= text.count(": keep-alive\n\n") <= 6
-        assert text.startswith(": keep-alive\n\n")
+        assert 3 <= len(text) - len(text.lstrip("\n")) <= 12
+        assert text.lstrip().startswith("data: ")
         assert text.endswith("data: [DONE]\n\n")
-        server.call(server.engine.prefilled.clear)
-        server.app.state.loop.call_soon_threadsafe(
-            server.app.state.loop.call_later, 0.25, server.engine.prefilled.set
-        )
+        silence(server, 0.25)
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         chunks = list(client.completions.create(model="m", prompt=[1], stream=True))
         assert [chunk.choices[0].text for chunk in chunks] == ["x"] * 3
         assert server.value("focus_stream_incomplete_total", kind="no_done") == 0
+
+
+def test_vllms_own_benchmark_client_reads_a_stream_that_was_silent() -> None:
+    import aiohttp
+    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
+
+    async def ask(url: str) -> Any:
+        request = RequestFuncInput("x", f"{url}/v1/completions", 1, 3, "m")
+        async with aiohttp.ClientSession() as session:
+            return await async_request_openai_completions(request, session)
+
+    with stub_server(sse_keep_alive=0.1) as server:
+        silence(server, 0.35)
+        answer = asyncio.run(ask(server.url))
+        assert (answer.success, answer.generated_text) == (True, "xxx"), answer.error
+        assert answer.ttft >= 0.3
 
 
 # Clients that leave, are slow, or many

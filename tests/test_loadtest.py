@@ -300,3 +300,19 @@ def test_both_sides_run_the_same_cells_though_the_first_is_cut_short(monkeypatch
     assert reported[0] == reported[1] == wanted
     assert [(cell.length, cell.concurrency) for cell in reported[0]] == [(10, 1), (100, 1), (10, 16)]
     assert now == 1.1 * (10 + 10 + 100 + 160)
+
+
+def test_a_cell_without_an_answer_is_a_problem_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(target: Any, side: str, cells: list[Cell], seconds: float | None = None) -> list[Any]:
+        if cells[0].length == 100:
+            raise RuntimeError("answered no request: lost")
+        return [cells[0]]
+
+    monkeypatch.setattr(scenarios, "run", run)
+    plan = dataclasses.replace(PLAN, lengths=[10, 100, 1000], concurrencies=[1], warm_up=10)
+    problems: list[str] = []
+    cells: list[Any] = []
+    _, left_out = run_plan(plan, None, "dense", None, cells.append, Clock(None), None, problems.append)
+    assert [cell.length for cell in cells] == [10, 1000]
+    assert [cell.length for cell in left_out] == [100]
+    assert problems == ["dense grid 100 x 1: answered no request: lost"]
