@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels import decode_lists
@@ -403,6 +404,47 @@ def test_kernels_are_compiled_without_a_request(groups):
     decode = decode_scratch(4, 128, 2**20)
     compile_kernels(config, batch.query, out, 2, batch.cache.dtype, Scores(0.1), scratch, decode)
     assert (out == 0).all()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks at calls of the interpreter")
+@pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2", "2/2 of 16"])
+def test_no_request_has_a_kernel_compiled_that_start_has_not(groups, monkeypatch):
+    compiled: set[tuple[object, ...]] = set()
+
+    def run(self, *args, grid, warmup, **kwargs):
+        """Note what Triton compiles a kernel for, as its JITFunction does."""
+        given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        free = self.kwargs["do_not_specialize"] or ()
+        anywhere = self.kwargs["do_not_specialize_on_alignment"] or ()
+        key = [self.fn.__name__]
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                key.append((name, value.dtype, name in anywhere or value.data_ptr() % 16 == 0))
+            elif isinstance(value, int) and name not in free and name in self.arg_names:
+                constant = self.fn.__annotations__.get(name)
+                key.append((name, value if constant or value == 1 else value % 16 == 0))
+            else:
+                key.append((name, value is None))
+        compiled.add(tuple(key))
+        return interpret(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    interpret = InterpretedFunction.run
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    config = settings(groups)
+    batch = batch_of(config, seq_lens=[64], query_lens=[64])
+    out = torch.empty_like(batch.query)
+    scratch = prefill_scratch(batch, list_capacity(config, 128), 8192, near_keys(config, 8192))
+    compile_kernels(
+        config, batch.query, out, 2, batch.cache.dtype, Scores(0.1), scratch, decode_scratch(20, 128, 2**20)
+    )
+    at_start = set(compiled)
+    assert len({key[0] for key in at_start}) >= 4
+    lengths = {"seq_lens": [100, 150, 300], "query_lens": [61, 1, 83]}
+    for count in (1, 2, 3):
+        some = {name: values[:count] for name, values in lengths.items()}
+        prefill(batch_of(config, **some))
+    decode(batch_of(config, seq_lens=[70] * 11, query_lens=[1] * 11), list_bytes=3 * 4 * 70)
+    assert compiled - at_start == set()
 
 
 def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path):

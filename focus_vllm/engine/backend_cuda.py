@@ -415,7 +415,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         token_bytes = self._token_bytes() * sum(hasattr(module, "impl") for module in context.values())
         most_slots = torch.cuda.get_device_properties(device).total_memory // token_bytes
         focus.store = torch.zeros(most_slots, dtype=focus.key_groups.dtype, device=device)
-        start = torch.arange(2, dtype=torch.int32, device=device), Progress.zeros(1, device)
+        rows = self.scratch_capacity().decode_rows
+        start = torch.arange(rows + 1, dtype=torch.int32, device=device), Progress.zeros(rows, device)
         self._decode_scratch(*start, output.dtype)  # the workspace has its final size before it is used
         prefill, gather = self._prefill_scratch(query, output)
         compile_kernels(

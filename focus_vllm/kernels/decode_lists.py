@@ -57,7 +57,13 @@ def _members(store, table, position, stop, block_size, wanted):
     return slot, ((groups & wanted) != 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "lists_stride", "budget"])
+# A call for a part of the batch begins anywhere in these.
+ROWS = ["slot_mapping", "key_groups", "query_groups", "block_table", "seq_lens"]
+
+
+@triton.jit(
+    do_not_specialize=["block_table_stride", "lists_stride", "budget"], do_not_specialize_on_alignment=ROWS
+)
 def _list_kernel(
     slot_mapping, key_groups, store, query_groups, block_table, block_table_stride, block_size, seq_lens,
     counts, done, lists, lists_stride, list_lens, totals, dense_below, window, sink, budget,

@@ -287,12 +287,9 @@ def most_segments(config: FocusConfig, near_capacity: int) -> int:
 
 
 def index_sizes(tiles: int, num_lists: int, sequences: int, rows: int) -> list[int]:
-    """Return the int32 that counts, cu_seqlens_q, seqused_k and row_of take, rounded to whole cache lines.
-
-    Triton compiles a kernel anew for a pointer of another alignment.
-    """
+    """Return the int32 that counts, cu_seqlens_q, seqused_k and row_of take."""
     sizes = (tiles * padded_lists(num_lists), sequences + 1, sequences, rows)
-    return [-(-size // 64) * 64 for size in sizes]
+    return [_aligned(size) for size in sizes]
 
 
 def padded_lists(num_lists: int) -> int:
@@ -351,7 +348,21 @@ def _plan(wave: list[Segment], config: FocusConfig, near_tile: int, device: torc
 
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Copy integer arrays as int32 in one transfer, flattened; the host does not wait for it."""
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]).astype(np.int32))
+    sizes = [_aligned(array.size) for array in arrays]
+    flat = torch.from_numpy(
+        np.concatenate(
+            [np.pad(array.ravel(), (0, size - array.size)) for array, size in zip(arrays, sizes, strict=True)]
+        ).astype(np.int32)
+    )
     if device.type == "cuda":
         flat = flat.pin_memory().to(device, non_blocking=True)
-    return list(torch.split(flat, [array.size for array in arrays]))
+    parts = torch.split(flat, sizes)
+    return [part[: array.size] for part, array in zip(parts, arrays, strict=True)]
+
+
+def _aligned(size: int) -> int:
+    """Round a number of int32 up to whole cache lines.
+
+    Triton compiles a kernel anew for a pointer of another alignment: seconds in the middle of a request.
+    """
+    return -(-size // 64) * 64

@@ -1,7 +1,8 @@
-"""Compile the kernels before the first request: a run of each on one made-up request."""
+"""Compile the kernels before the first request: a run of each on made-up requests."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from focus_vllm.kernels.attention import (
     decode_attention,
     prefill_attention,
 )
+from focus_vllm.kernels.decode_lists import decode_parts
 from focus_vllm.kernels.gather import GatheredAttention, GatherScratch
 from focus_vllm.kernels.near import Cache, Scores, near_tile
 from focus_vllm.kernels.plan import Segment, plan_waves
@@ -39,7 +41,7 @@ def compile_kernels(
     decode: DecodeScratch,
     gather: GatherScratch | None = None,
 ) -> None:
-    """Run prefill and decode once, without FlashAttention, on data of the shapes and dtypes to come.
+    """Run prefill and decode, without FlashAttention, on data of the shapes and dtypes to come.
 
     Args:
         config: The mask's settings.
@@ -79,19 +81,22 @@ def compile_kernels(
     prefill_attention(
         attention, waves, query, out, query_groups, store, cache, config, scores, prefill, totals
     )
-    slots = torch.zeros(1, dtype=torch.int64, device=query.device)
-    decode_attention(
-        attention,
-        query[:1],
-        out[:1],
-        slots,
-        query_groups,
-        query_groups,
-        store,
-        cache,
-        slots.int(),
-        config,
-        decode,
-        totals,
-    )
+    # The kernel of decode's lists is another one for other numbers of requests.
+    sizes = {decode_parts(size): size for size in range(1, min(len(decode.list_lens), len(query)) + 1)}
+    for size in sizes.values():
+        slots = torch.zeros(size, dtype=torch.int64, device=query.device)
+        decode_attention(
+            attention,
+            query[:size],
+            out[:size],
+            slots,
+            query_groups,
+            query_groups,
+            store,
+            dataclasses.replace(cache, block_table=block_table.expand(size, -1)),
+            slots.int(),
+            config,
+            decode,
+            totals,
+        )
     write_store(store, slots, query_groups, totals)
