@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from loadtest.bench import Cell, Request, Result, Target, run
 from loadtest.capacity import Prefill
@@ -44,10 +44,7 @@ class Plan:
         return max(min(self.requests, self.tokens // length), concurrency, self.fewest)
 
     def grid(self, kv_tokens: int | None) -> list[Cell]:
-        """Return the cells of lengths and concurrencies whose requests fit in the KV cache together.
-
-        One request at a time comes first, for a run that is cut short.
-        """
+        """Return the cells of lengths and concurrencies whose requests fit in the KV cache together."""
         return [
             Cell(
                 "grid",
@@ -163,24 +160,21 @@ def run_plan(
     return done, left_out
 
 
-def _steps(plan: Plan, target: Target, side: str, kv_tokens: int | None) -> Iterator[Step]:
-    """Yield everything in the order of what it tells."""
+def _steps(plan: Plan, target: Target, side: str, kv_tokens: int | None) -> list[Step]:
+    """Return everything, what costs least first: a run that is cut short has measured most."""
 
     def alone(cell: Cell) -> Step:
         return cell, lambda seconds: run(target, side, [cell], seconds)
 
-    grid = plan.grid(kv_tokens)
-    first = [cell for cell in grid if cell.concurrency == plan.concurrencies[0]]
-    yield from map(alone, first)
+    steps = [*map(alone, plan.grid(kv_tokens)), *map(alone, conversation(plan))]
     if plan.beside:
         long = Cell("long", plan.beside, 1, 1, output_tokens=2, seed=plan.seed + 300)
-        yield long, lambda seconds: short_beside_long(plan, long, target, side, seconds)
-    yield from map(alone, conversation(plan))
-    yield from map(alone, grid[len(first) :])
+        steps.append((long, lambda seconds: short_beside_long(plan, long, target, side, seconds)))
     for number, rate in enumerate(plan.rates):
         length = plan.lengths[len(plan.lengths) // 2]
         cell = Cell("rate", length, plan.requests, rate=rate, output_tokens=plan.output_tokens)
-        yield alone(dataclasses.replace(cell, seed=plan.seed + 100 + number))
+        steps.append(alone(dataclasses.replace(cell, seed=plan.seed + 100 + number)))
+    return sorted(steps, key=lambda step: step[0].requests * step[0].length**2)
 
 
 def short_beside_long(
