@@ -161,7 +161,7 @@ def run_plan(
 
 
 def _steps(plan: Plan, target: Target, side: str, kv_tokens: int | None) -> list[Step]:
-    """Return everything, what costs least first: a run that is cut short has measured most."""
+    """Return everything, fewest tokens at a time first: a run that is cut short has measured most."""
 
     def alone(cell: Cell) -> Step:
         return cell, lambda seconds: run(target, side, [cell], seconds)
@@ -174,7 +174,7 @@ def _steps(plan: Plan, target: Target, side: str, kv_tokens: int | None) -> list
         length = plan.lengths[len(plan.lengths) // 2]
         cell = Cell("rate", length, plan.requests, rate=rate, output_tokens=plan.output_tokens)
         steps.append(alone(dataclasses.replace(cell, seed=plan.seed + 100 + number)))
-    return sorted(steps, key=lambda step: step[0].requests * step[0].length**2)
+    return sorted(steps, key=lambda step: step[0].length * (step[0].concurrency or 1))
 
 
 def short_beside_long(

@@ -298,7 +298,7 @@ def test_both_sides_run_the_same_cells_though_the_first_is_cut_short(monkeypatch
         reported.append(cells)
         assert len(left_out) == (1 if side == "dense" else 0)
     assert reported[0] == reported[1] == wanted
-    assert [(cell.length, cell.concurrency) for cell in reported[0]] == [(10, 1), (10, 16), (100, 1)]
+    assert [(cell.length, cell.concurrency) for cell in reported[0]] == [(10, 1), (100, 1), (10, 16)]
     assert now == 1.1 * (10 + 10 + 100 + 160)
 
 
