@@ -36,6 +36,13 @@ logger = logging.getLogger("vllm.focus_serve")
 
 STATS_TIMEOUT = 2.0
 """Seconds that /focus/info waits for figures before it gives the last known ones."""
+READERS = (
+    "solve_dependencies",
+    "construct_input_messages",
+    "parse_chat_messages",
+    "parse_chat_messages_async",
+)
+"""FastAPI's and vLLM's functions that read what a client sent: what they stumble over is its mistake."""
 
 
 class AdapterInfo(BaseModel):
@@ -118,7 +125,7 @@ class FocusEndpointPlugin:
         self._lifecycle = Lifecycle(self._traffic, self._settings)
         app.include_router(self._lifecycle.router())
         # vLLM turns ValueError and TypeError into 400, but its checks of a body raise these as well.
-        for error in (AttributeError, LookupError):
+        for error in (AssertionError, AttributeError, LookupError):
             app.add_exception_handler(error, _answer_wrong_body)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -210,9 +217,11 @@ async def _ask_workers(client: WorkerClient) -> FocusInfo:
 
 async def _answer_wrong_body(request: Request, error: Exception) -> JSONResponse:
     names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    if "solve_dependencies" not in names:
+    if names.isdisjoint(READERS):
         raise error
-    content = {"message": f"the request's body is wrong: {error}", "type": "BadRequestError", "param": None}
+    reason = str(error) or "vLLM cannot read a part of it"
+    what = f"{reason} is missing" if isinstance(error, KeyError) else reason
+    content = {"message": f"the request's body is wrong: {what}", "type": "BadRequestError", "param": None}
     return JSONResponse({"error": {**content, "code": 400}}, 400)
 
 

@@ -148,6 +148,30 @@ def test_json_that_killed_the_engine_is_a_400_and_the_engine_lives(server: Serve
     assert post(server.url, body(seed=30)).status_code == 200
 
 
+def test_an_input_that_vllm_stumbles_over_is_a_400(server: Server) -> None:
+    result = {
+        "type": "function_call_output",
+        "id": "a",
+        "call_id": "a",
+        "status": "completed",
+        "created_by": None,
+    }
+    answer = {"type": "message", "role": "assistant", "id": "a", "status": "completed", "content": []}
+    for item, reason in (
+        ({"type": "item_reference", "id": "a"}, "'role' is missing"),
+        ({**result, "output": [{"type": "input_text", "text": "a"}]}, "cannot read a part"),
+        (answer, "out of range"),
+        ({**answer, "content": [{"type": "refusal", "refusal": "a"}]}, "no attribute 'text'"),
+    ):
+        for stream in (False, True):
+            messages = [{"role": "user", "content": "a"}, item]
+            content = {"model": MODEL, "input": messages, "max_output_tokens": 1, "stream": stream}
+            refused = httpx.post(f"{server.url}/v1/responses", json=content, timeout=60)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (400, 400), item
+            assert reason in error["message"]
+
+
 def test_metrics_answer_within_100_ms_under_load(server: Server) -> None:
     stop = threading.Event()
 
