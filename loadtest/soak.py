@@ -1,6 +1,6 @@
 """Mixed load for a long time: does focus-serve keep its memory, its file descriptors and its word?
 
-    python -m loadtest.soak --minutes 30 --output soak.json
+    python -m loadtest.soak --minutes 35 --output soak.json
 
 Starts focus-serve with the embedded demo and sends short and long prompts, streamed and not, with one and two
 choices, chats, requests that their clients give up before or after the first token, and scrapes of
@@ -39,10 +39,9 @@ WINDOW_SECONDS = 180.0
 """Memory is compared between the first and the last such stretch after the warm-up, or its halves."""
 LIMIT = 0.02
 SMALL_CACHE = ("--num-gpu-blocks-override", "320")
-"""Blocks become resident when they are first used; so few are all in use before the warm-up ends.
-
-The heap takes longer: ten to twenty minutes on one core.
-"""
+"""So few that blocks are evicted and used again before the warm-up ends."""
+WARM_UP_MINUTES = 5
+"""On one core oneDNN's compiled products (`server.launch.PRIMITIVES`), what grows last, take one of them."""
 RSS = 21
 """Where /proc/PID/stat has the resident pages, counted after the name."""
 
@@ -190,15 +189,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--warm-up", type=float, default=10, help="minutes, of those")
+    parser.add_argument("--minutes", type=float, default=35)
+    parser.add_argument("--warm-up", type=float, default=WARM_UP_MINUTES, help="minutes, of those")
     parser.add_argument("--users", type=int, default=3)
     parser.add_argument("--api-servers", type=int, default=1)
+    parser.add_argument("--adapter", choices=("demo", "none"), default="demo", help="none: vLLM's attention")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--log", type=Path, help="where the server's log goes")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     command = [*FOCUS_SERVE, "--api-server-count", str(arguments.api_servers), *SMALL_CACHE]
+    if arguments.adapter == "none":
+        command += ["--adapter", "none"]
     with tempfile.TemporaryDirectory() as folder:
         log = arguments.log or Path(folder) / "log"
         with serving(command, log, {"VLLM_CPU_KVCACHE_SPACE": "1"}) as server:
@@ -207,7 +209,7 @@ def main() -> int:
             status = server.stop()
     if status:
         report["problems"].append(f"exit status {status}")
-    report |= {"cpus": os.cpu_count(), "machine": platform.machine()}
+    report |= {"adapter": arguments.adapter, "cpus": os.cpu_count(), "machine": platform.machine()}
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     sys.stdout.write(f"{sum(report['requests'].values())} requests in {report['seconds']} s\n")

@@ -28,6 +28,11 @@ logger = logging.getLogger("vllm.focus_serve.launch")
 GATE = "server.gate.Gate"
 LOG_CONFIG = Path(str(resources.files("server"))) / "logging.json"
 WORKER_EXTENSION = "focus_vllm.engine.worker.FocusWorkerExtension"
+PRIMITIVES, NUM_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
+"""On CPUs oneDNN compiles each of a layer's products for every number of tokens in a step, some 0.3 MiB each,
+and keeps the last 1,024. That is what made workers grow, and glibc's heap grew on as new ones replaced
+them. 128 is what vLLM keeps in each layer, 32 numbers of tokens, for a layer's four products.
+"""
 PLUGIN = "focus"
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins", "vllm.stat_logger_plugins")
 OTHER_PLUGIN_GROUPS = (
@@ -87,7 +92,11 @@ def plan_launch(
         arguments += ["--worker-extension-cls", WORKER_EXTENSION]
     if config:
         arguments += ["--additional-config", json.dumps(config)]
-    environment = {"VLLM_PLUGINS": _plugins(environ.get("VLLM_PLUGINS")), **settings.environment()}
+    environment = {
+        "VLLM_PLUGINS": _plugins(environ.get("VLLM_PLUGINS")),
+        PRIMITIVES: environ.get(PRIMITIVES, NUM_PRIMITIVES),
+        **settings.environment(),
+    }
     if "--long-prefill-token-threshold" not in _flags(vllm_arguments):  # 0 is a choice as well
         environment[steps.VARIABLE] = str(settings.shared_prefills)
     if settings.log_format == "json":

@@ -131,6 +131,39 @@ def test_the_users_own_cache_size_and_flags_win_over_the_demos(
     assert command["arguments"].index("--enforce-eager") < command["arguments"].index("--no-enforce-eager")
 
 
+def test_fewer_compiled_products_are_kept_unless_the_user_says_how_many(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dry_run(capsys)["env"]["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
+    assert dry_run(capsys)["env"]["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
+
+
+MULTIPLY = """
+import psutil, torch
+from vllm import _custom_ops as ops
+weight = torch.zeros(768, 256, dtype=torch.bfloat16)
+product = ops.create_onednn_mm(weight.t(), 32)
+before = psutil.Process().memory_info().rss
+for num_tokens in range(1, 600):
+    ops.onednn_mm(product, torch.zeros(num_tokens, 256, dtype=torch.bfloat16), None)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_what_vllm_compiles_for_every_number_of_tokens_takes_less_than_half_the_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grown = []
+    for capacity in (dry_run(capsys)["env"]["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], "1024"):
+        environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": capacity, "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(
+            [sys.executable, "-c", MULTIPLY], env=environment, capture_output=True, check=True
+        )
+        grown.append(int(run.stdout.split()[-1]))
+    assert grown[0] < grown[1] / 2, grown
+
+
 def test_additional_config_of_the_user_is_kept_beside_focus(
     capsys: pytest.CaptureFixture[str], model_folder: Path, adapter_file: Path
 ) -> None:
