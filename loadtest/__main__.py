@@ -30,6 +30,8 @@ from server.objectives import Target as Objective
 RESULTS = Path(__file__).parents[1] / "docs/results"
 MAX_PREFIX_HITS = 0.01
 MAX_LENGTH_ERROR = 0.01
+SLOW_CLIENT = 1.5
+"""Times the engine's own time per token at which somebody between it and the client is in the way."""
 DENSE_SHARE = 0.66
 """Of a run's time limit, what dense may use with its start; Focus has the rest for the same cells."""
 STOP_SECONDS = 15
@@ -200,6 +202,12 @@ def _doubts(row: dict[str, Any]) -> list[str]:
             found.append(f"{where}: prompts have {row['prompt_tokens']:g} tokens")
     if row["failed"]:
         found.append(f"{where}: {row['failed']} requests failed")
+    engine, client = (row["server_decode"] or 0) / max(row["output_tokens"] - 1, 1), row["tpot_p50"] or 0
+    if row["scenario"] == "grid" and row["concurrency"] == 1 and client > SLOW_CLIENT * engine:
+        found.append(
+            f"{where}: the client waited {1000 * client:.1f} ms for a token, of the engine's "
+            f"{1000 * engine:.1f}: the API server or the client was slow, not the model"
+        )
     return found
 
 
@@ -255,8 +263,14 @@ def _shape(options: argparse.Namespace) -> int:
     shape = {**SHAPES[options.shape]}
     shape["vocab_size"] = max(shape["vocab_size"], words)  # for the demo's tokenizer
     write_model(options.output, shape, options.max_model_len)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_FOLDER / name, options.output / name)
+    shutil.copy(DEMO_FOLDER / "tokenizer_config.json", options.output)
+    tokenizer = json.loads((DEMO_FOLDER / "tokenizer.json").read_text())
+    # Random weights say tokens that it lacks. One without a text has vLLM decode the whole prompt again.
+    like = {**tokenizer["added_tokens"][0], "special": False}
+    tokenizer["added_tokens"] += [
+        {**like, "id": number, "content": f" [{number}]"} for number in range(words, shape["vocab_size"])
+    ]
+    (options.output / "tokenizer.json").write_text(json.dumps(tokenizer))
     write_balanced_adapter(options.output / "focus.safetensors", options.output, json.loads(options.focus))
     adapter = options.output / "focus.safetensors"
     sys.stdout.write(f"focus-serve --model {options.output} --adapter {adapter} --load-format dummy\n")

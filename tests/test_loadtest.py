@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loadtest import scenarios
-from loadtest.__main__ import RESULTS, length, main
+from loadtest.__main__ import RESULTS, _doubts, length, main
 from loadtest.advise import Measured, classify, read_trace
 from loadtest.bench import Cell
 from loadtest.capacity import SIDES, fit, scale
@@ -20,6 +20,7 @@ from loadtest.charts import bars, lines, short
 from loadtest.parallel import differences
 from loadtest.report import concurrency_chart, render
 from loadtest.scenarios import Clock, Plan, conversation, run_plan
+from server.models import DEMO_FOLDER
 
 PLAN = Plan(
     lengths=[1000, 50_000],
@@ -316,3 +317,26 @@ def test_a_cell_without_an_answer_is_a_problem_and_not_the_end(monkeypatch: pyte
     assert [cell.length for cell in cells] == [10, 1000]
     assert [cell.length for cell in left_out] == [100]
     assert problems == ["dense grid 100 x 1: answered no request: lost"]
+
+
+def test_tokens_that_take_the_client_longer_than_the_engine_are_doubted() -> None:
+    fine = row("dense", 8192, 1.0, output_tokens=11, tpot_p50=0.0149)  # the engine's are 10 ms
+    assert _doubts(fine) == []
+    assert _doubts({**fine, "tpot_p50": 0.2}) == [
+        "dense grid 8192 x 1: the client waited 200.0 ms for a token, of the engine's 10.0: "
+        "the API server or the client was slow, not the model"
+    ]
+
+
+def test_every_token_of_a_shape_with_random_weights_has_a_text(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    assert main(["shape", "--shape", "1b", "--output", str(tmp_path)]) == 0
+    words = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert words == len(tokenizer) == 128_256
+    texts = [tokenizer.decode([number]) for number in (5000, 16_384, words - 1)]
+    assert all(texts)
+    assert len(set(texts)) == 3
+    plain = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    assert tokenizer("The town had a mill.").input_ids == plain("The town had a mill.").input_ids
