@@ -8,7 +8,8 @@ A case is BATCHxPROMPT: the time to first token is that of a request for one tok
 last has its first); then the same prompts, by now in the prefix cache, are continued, and the time per output
 token is that of all tokens but the first. BATCHxPROMPT+TOKENS is one run of the whole batch, prefill and
 decode: its time, and the tokens per second of both. BATCHxPROMPT@prefill and @decode are profiles: the
-kernels of the prompt's last chunk, or of one decode step.
+kernels of the prompt's last chunk, or of one decode step. BATCHxPROMPT@host is what Python does: the
+median time to the first token of prompts that are not cached, and the functions that took most of it.
 
 The model has random weights of the shape named, and routers whose folded rows are orthogonal and of one
 length, so that groups are balanced by symmetry; the output says how well. Speed is what a trained model would
@@ -21,11 +22,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
 import dataclasses
 import json
 import os
+import pstats
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,6 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 CHECKED_PROMPT = 1500
 CHECKED_TOKENS = 16
 PROFILED_STEPS = 8
+HOST_PROMPTS = 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class Case:
         Raises:
             ValueError: It is none of them.
         """
-        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|@(prefill|decode))?", text)
+        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|@(prefill|decode|host))?", text)
         if match is None:
             raise ValueError(f"a case is {text!r}, expected 1x4096, 32x32768+256 or 8x131072@decode")
         batch, prompt, tokens, profile = match.groups()
@@ -216,6 +221,8 @@ class Measured:
         """Measure one case."""
         self.llm.reset_prefix_cache()
         prompts = self.prompts_of(case.batch, case.prompt, 1000 * case.batch + case.prompt)
+        if case.profile == "host":
+            return self.profile_host(case)
         if case.profile:
             return {"kernels": self.profile(case, prompts)}
         if case.tokens:
@@ -225,6 +232,25 @@ class Measured:
         again, _ = self.generate(prompts, 1)
         whole, _ = self.generate(prompts, 1 + self.side.output_tokens)
         return {"ttft": first, "tpot": (whole - again) / self.side.output_tokens}
+
+    def profile_host(self, case: Case) -> dict[str, Any]:
+        """Return the median time to the first token, and by function the microseconds of a prompt."""
+        batches = [self.prompts_of(case.batch, case.prompt, 7_000_000 + seed) for seed in range(HOST_PROMPTS)]
+        times = [self.generate(prompts, 1)[0] for prompts in batches]
+        self.llm.reset_prefix_cache()
+        recording = cProfile.Profile()
+        for prompts in batches:
+            recording.runcall(self.generate, prompts, 1)
+        functions = [
+            {
+                "kernel": f"{Path(file).name}:{line} {name}",
+                "launches": calls / HOST_PROMPTS,
+                "us": 1e6 * own / HOST_PROMPTS,
+            }
+            for (file, line, name), (_, calls, own, _, _) in pstats.Stats(recording).stats.items()  # type: ignore[attr-defined]
+        ]
+        functions.sort(key=lambda function: -function["us"])
+        return {"ttft": statistics.median(times), "kernels": functions[:60]}
 
     def profile(self, case: Case, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """Return the kernels of the prompts' last chunk, or of one decode step, with microseconds."""
