@@ -183,7 +183,7 @@ def _long() -> Iterator[Unit]:
 def _ideas() -> Iterator[Unit]:
     """Each differs from `long` in what its name says, to choose what the frontier should use."""
     long: dict[str, Any] = {"steps": 1000, "copy_spans": 12}
-    windows = (1024, 2048)
+    windows = (1024,)
     changes: dict[str, dict[str, Any]] = {
         "long, shared, dense target": {"queries": "shared", "target": "dense"},
         "long, dense target": {"target": "dense"},

@@ -39,6 +39,7 @@ def row(side: str, prompt: int, ttft: float, **changes: Any) -> dict[str, Any]:
     """Return a line of cells.jsonl."""
     return {
         "side": side, "scenario": "grid", "length": prompt, "concurrency": 1, "rate": None, "seed": 1,
+        "output_tokens": 11,
         "requests": 4, "completed": 4, "failed": 0, "prompt_tokens": prompt, "duration": 4 * ttft,
         "requests_per_second": 1 / ttft, "goodput": 0.5, "meets_objective": side == "focus",
         "ttft_p50": ttft, "ttft_p95": ttft * 1.1, "ttft_p99": ttft * 1.2, "tpot_p50": 0.01, "tpot_p95": 0.02,
@@ -82,7 +83,7 @@ def test_measured_times_are_exact_where_measured_and_interpolated_between() -> N
     assert measured.seconds("decode", 8000) == (0.02, 0.01)
 
 
-@pytest.mark.parametrize("name", ["engine-h200.json", "cpu.json"])
+@pytest.mark.parametrize("name", ["engine-h200.json", "cpu.json", "http-h200-2026-11-24.jsonl"])
 def test_published_measurements_can_be_used(name: str) -> None:
     measured = Measured.read(RESULTS / name)
     assert len(measured.lengths) >= 4
@@ -97,6 +98,9 @@ def test_advice_adds_up_what_requests_cost(tmp_path: Path) -> None:
             ("dense", 1000, 1.0), ("focus", 1000, 2.0), ("dense", 100_000, 100.0), ("focus", 100_000, 25.0),
         )
     ]  # fmt: skip
+    # Sent beside nothing, but with one token to time; and found in the prefix cache.
+    rows += [row(side, 500, 0.5, scenario="alone", concurrency=None, output_tokens=2) for side in SIDES]
+    rows += [row(side, 2000, 0.1, scenario="turns", server_prefix_hits=0.5) for side in SIDES]
     cells.write_text("".join(json.dumps(line) + "\n" for line in rows))
     log = [
         "INFO starting",
@@ -104,7 +108,10 @@ def test_advice_adds_up_what_requests_cost(tmp_path: Path) -> None:
         json.dumps({"path": "/v1/completions", "prompt_tokens": 100_000, "tokens": 101}),
         json.dumps({"path": "/v1/models"}),
     ]
-    short, long = classify(read_trace(log), Measured.read(cells))
+    measured = Measured.read(cells)
+    assert measured.lengths == (500, 1000, 100_000)
+    assert measured.decode[0] == measured.decode[1]
+    short, long = classify(read_trace(log), measured)
     assert (short.name, short.requests, short.total) == ("0-1k", 1, (1.0, 2.0))
     assert (long.name, long.requests) == ("32k-128k", 1)
     assert long.prefill == (100.0, 25.0)
@@ -320,7 +327,7 @@ def test_a_cell_without_an_answer_is_a_problem_and_not_the_end(monkeypatch: pyte
 
 
 def test_tokens_that_take_the_client_longer_than_the_engine_are_doubted() -> None:
-    fine = row("dense", 8192, 1.0, output_tokens=11, tpot_p50=0.0149)  # the engine's are 10 ms
+    fine = row("dense", 8192, 1.0, tpot_p50=0.0149)  # the engine's are 10 ms
     assert _doubts(fine) == []
     assert _doubts({**fine, "tpot_p50": 0.2}) == [
         "dense grid 8192 x 1: the client waited 200.0 ms for a token, of the engine's 10.0: "
