@@ -185,10 +185,12 @@ def _ideas() -> Iterator[Unit]:
     long: dict[str, Any] = {"steps": 1000, "copy_spans": 12}
     windows = (1024,)
     changes: dict[str, dict[str, Any]] = {
+        "long, mass 1": {"mass_weight": 1.0},
+        "long": {},
+        "long, shared, mass 1": {"queries": "shared", "mass_weight": 1.0},
+        "long, shared": {"queries": "shared"},
         "long, shared, dense target": {"queries": "shared", "target": "dense"},
         "long, dense target": {"target": "dense"},
-        "long, shared": {"queries": "shared"},
-        "long": {},
         "long, copy_spans 4": {"copy_spans": 4},
         "long, seq_len 4096, train window 1024": {"seq_len": 4096, "batch_size": 2, "train_window": 1024},
         "long, sharpen 4": {"sharpen": 4.0},

@@ -91,7 +91,7 @@ def copy_spans(batch: torch.Tensor, spans: int, distance: int, generator: torch.
         generator: Source of randomness.
 
     Returns:
-        `batch`.
+        `[batch_size, length]`, bool: the tokens of the copies.
 
     Raises:
         ValueError: A row is too short for a copy at that distance.
@@ -102,13 +102,15 @@ def copy_spans(batch: torch.Tensor, spans: int, distance: int, generator: torch.
             f"copied spans at a distance of {distance} tokens need sequences of at least "
             f"{2 * high + distance} tokens, got {batch.shape[1]}"
         )
-    for row in batch:
+    copied = torch.zeros_like(batch, dtype=torch.bool)
+    for row, mark in zip(batch, copied, strict=True):
         for _ in range(spans):
             length = _draw(low, high + 1, generator)
             source = _draw(0, len(row) - 2 * length - distance + 1, generator)
             target = _draw(source + length + distance, len(row) - length + 1, generator)
             row[target : target + length] = row[source : source + length].clone()
-    return batch
+            mark[target : target + length] = True
+    return copied
 
 
 def plant_pairs(batch: torch.Tensor, pairs: int, distance: int, generator: torch.Generator) -> torch.Tensor:
@@ -123,7 +125,7 @@ def plant_pairs(batch: torch.Tensor, pairs: int, distance: int, generator: torch
         generator: Source of randomness.
 
     Returns:
-        `batch`.
+        `[batch_size, length]`, bool: the tokens of the repetitions.
 
     Raises:
         ValueError: A row is too short for a pair at that distance.
@@ -134,14 +136,16 @@ def plant_pairs(batch: torch.Tensor, pairs: int, distance: int, generator: torch
             f"key-value pairs at a distance of {distance} tokens need sequences of at least "
             f"{2 * size + distance} tokens, got {batch.shape[1]}"
         )
-    for row in batch:
+    repeated = torch.zeros_like(batch, dtype=torch.bool)
+    for row, mark in zip(batch, repeated, strict=True):
         for _ in range(pairs):
             pair = row[torch.randint(len(row), (size,), generator=generator)]
             source = _draw(0, len(row) - 2 * size - distance + 1, generator)
             target = _draw(source + size + distance, len(row) - size + 1, generator)
             row[source : source + size] = pair
             row[target : target + size] = pair
-    return batch
+            mark[target : target + size] = True
+    return repeated
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:

@@ -41,6 +41,13 @@ class Gate:
     """What the scores are multiplied by."""
     dense: bool = False
     """Attend as the model itself does."""
+    measures_mass: bool = False
+    """Set `loss` while attending, besides."""
+    watched: torch.Tensor | None = None
+    """Queries whose mass counts, `[batch, num_rows]`, int64; None takes some of all that have far keys."""
+    loss: torch.Tensor | None = None
+    """Of the last batch: minus the mean log of the attention that near pairs and the gate keep, over heads
+    and queries. The attention is that of the layer's queries and keys without any gate."""
     scores: torch.Tensor | None = None
     """Of the last batch, divided by the temperature: `[batch, num_tokens, num_groups]`, float32."""
     query_scores: torch.Tensor | None = None
@@ -66,6 +73,8 @@ class Gate:
         if self.dense:
             return causal_attention(query, key, value, scale, softcap)
         queries, keys = self.memberships()
+        if self.measures_mass and torch.is_grad_enabled():
+            self.loss = self.lost_mass(query.detach(), key.detach(), queries, keys, scale, softcap)
         size = CPU_QUERIES if query.device.type == "cpu" else GPU_QUERIES
         chunks = []
         for start in range(0, query.shape[2], size):
@@ -91,6 +100,30 @@ class Gate:
     ) -> torch.Tensor:
         """Attend from one block of queries; a gate with an `attend` of its own needs none."""
         raise NotImplementedError
+
+    def lost_mass(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        query_members: torch.Tensor,
+        key_members: torch.Tensor,
+        scale: float,
+        softcap: float,
+    ) -> torch.Tensor:
+        """Return `loss`, given all of `attend`'s queries and keys, and `memberships`."""
+        batch, num_heads, num_tokens, head_size = query.shape
+        rows = self.watched
+        if rows is None:  # queries without far keys have nothing to learn
+            rows = torch.arange(min(self.config.window + 1, num_tokens - 1), num_tokens, device=query.device)
+            rows = rows[:: -(-len(rows) // MASS_QUERIES)].expand(batch, -1)
+        i, j = rows[..., None], torch.arange(num_tokens, device=query.device)
+        query = query.gather(2, i[:, None].expand(-1, num_heads, -1, head_size))
+        scores = attention_scores(query, key, scale, softcap).float()
+        weights = scores.masked_fill((j > i)[:, None], float("-inf")).softmax(dim=-1)
+        always = (i - j <= self.config.window) | (j < self.config.sink)
+        members = query_members.gather(1, i.expand(-1, -1, query_members.shape[-1]))
+        gate = (members @ key_members.transpose(1, 2)).clamp(max=1.0).masked_fill(always, 1.0)
+        return -(weights * gate[:, None]).sum(dim=-1).clamp_min(MIN_GATE).log().mean()
 
     def parameters(self) -> list[torch.Tensor]:
         """Return what is trained."""
@@ -209,14 +242,7 @@ class PaperGate(Gate):
 
 @dataclasses.dataclass(slots=True)
 class MassGate(Gate):
-    """No backward pass through the model: keep the attention that the dense model pays.
-
-    The loss is minus the mean log of the dense attention's mass that near pairs and the gate keep, over heads
-    and a sample of queries.
-    """
-
-    loss: torch.Tensor | None = None
-    """Of the last batch, a scalar."""
+    """No backward pass through the model: keep the attention that the dense model pays."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
@@ -224,23 +250,9 @@ class MassGate(Gate):
         """Attend as the model does, and set `loss`."""
         key, value = repeat_heads(query, key, value)
         if not self.dense:
-            self.loss = self._lost_mass(query.detach(), key.detach(), scale, softcap)
+            members = self.memberships()
+            self.loss = self.lost_mass(query.detach(), key.detach(), *members, scale, softcap)
         return causal_attention(query, key, value, scale, softcap)
-
-    def _lost_mass(
-        self, query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float
-    ) -> torch.Tensor:
-        num_tokens, device = query.shape[2], query.device
-        # Queries without far keys have nothing to learn.
-        rows = torch.arange(min(self.config.window + 1, num_tokens - 1), num_tokens, device=device)
-        rows = rows[:: -(-len(rows) // MASS_QUERIES)]
-        queries, keys = self.memberships()
-        i, j = rows[:, None], torch.arange(num_tokens, device=device)[None, :]
-        scores = attention_scores(query[:, :, rows], key, scale, softcap).float()
-        weights = scores.masked_fill(j > i, float("-inf")).softmax(dim=-1)
-        always = (i - j <= self.config.window) | (j < self.config.sink)
-        gate = (queries[:, rows] @ keys.transpose(1, 2)).clamp(max=1.0).masked_fill(always, 1.0)
-        return -(weights * gate[:, None]).sum(dim=-1).clamp_min(MIN_GATE).log().mean()
 
 
 GATES: dict[str, type[Gate]] = {"log-gate": LogGate, "paper": PaperGate, "mass": MassGate}

@@ -25,6 +25,8 @@ class TrainSettings:
     objective: str = "log-gate"
     """What gates far pairs in training (docs/training.md): `log-gate`, `paper`, or `mass` without a backward
     pass through the model."""
+    mass_weight: float = 0.0
+    """Times the loss of `mass` that is added to another objective's: at repeated tokens, if there are any."""
     target: str = "text"
     """What the model's predictions are compared with: the `text`, or its own `dense` ones (distillation)."""
     steps: int = 300
@@ -77,6 +79,7 @@ class TrainSettings:
             "train_top_k": 1,
             "copy_spans": 0,
             "key_values": 0,
+            "mass_weight": 0,
             "text_tokens": 1,
             "calibration_tokens": 1,
         }
@@ -87,6 +90,8 @@ class TrainSettings:
         ]
         if self.train_window is not None and self.train_window < 0:
             reasons.append(f"train_window ({self.train_window}) must be >= 0")
+        if self.mass_weight and self.objective == "mass":
+            reasons.append(f"mass_weight ({self.mass_weight}) is for other objectives: 'mass' is that alone")
         if not self.lr > 0:
             reasons.append(f"lr ({self.lr}) must be > 0")
         for name, known in CHOICES.items():

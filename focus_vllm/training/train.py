@@ -22,7 +22,7 @@ from focus_vllm.config import FocusConfig
 from focus_vllm.routing import Router, sinkhorn
 from focus_vllm.training.checkpoint import Checkpoints
 from focus_vllm.training.data import copy_spans, plant_pairs, sample_batch
-from focus_vllm.training.gates import GATES, Gate, MassGate
+from focus_vllm.training.gates import GATES, MASS_QUERIES, Gate
 from focus_vllm.training.hf import Recorder, attach_layers, routable_layers
 from focus_vllm.training.processes import processes
 from focus_vllm.training.settings import TrainSettings
@@ -131,6 +131,7 @@ def new_gates(model: PreTrainedModel, config: FocusConfig, settings: TrainSettin
             *_query_parts(centroids.to(device), settings),
             top_k=settings.train_top_k,
             sinkhorn_iterations=settings.sinkhorn,
+            measures_mass=settings.mass_weight > 0,
         )
     return gates
 
@@ -295,8 +296,21 @@ def _batch(
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     batch = sample_batch(tokens, settings.batch_size, settings.seq_len + 1, generator)
     window = next(iter(gates.values())).config.window if gates else 0
-    copy_spans(batch, settings.copy_spans, window, generator)
-    return plant_pairs(batch, settings.key_values, window, generator)
+    repeated = copy_spans(batch, settings.copy_spans, window, generator)
+    repeated |= plant_pairs(batch, settings.key_values, window, generator)
+    if settings.mass_weight:
+        watched = _spread(repeated[:, :-1]) if repeated.any() else None
+        for gate in gates.values():
+            gate.watched = None if watched is None else watched.to(gate.projection.device)
+    return batch
+
+
+def _spread(chosen: torch.Tensor) -> torch.Tensor:
+    """Return MASS_QUERIES of each row's chosen positions, evenly spread; some twice where there are fewer."""
+    places = [mask.nonzero()[:, 0] for mask in chosen]
+    return torch.stack(
+        [place[torch.linspace(0, len(place) - 1, MASS_QUERIES).round().long()] for place in places]
+    )
 
 
 def _loss(
@@ -308,8 +322,7 @@ def _loss(
     if settings.objective == "mass":
         with precision:
             model(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=1)
-        losses = [gate.loss for gate in gates.values() if isinstance(gate, MassGate)]
-        return torch.stack([loss for loss in losses if loss is not None]).mean()
+        return _lost_mass(gates)
     if settings.target == "dense":
         for gate in gates.values():
             gate.dense = True
@@ -319,10 +332,17 @@ def _loss(
             gate.dense = False
     with precision:
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1).float()
+    mass = settings.mass_weight * _lost_mass(gates) if settings.mass_weight and gates else 0.0
     if settings.target == "text":
-        return functional.cross_entropy(logits, batch[:, 1:].flatten())
+        return functional.cross_entropy(logits, batch[:, 1:].flatten()) + mass
     wanted = dense.flatten(0, 1).float().log_softmax(dim=-1)
-    return functional.kl_div(logits.log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True)
+    return (
+        functional.kl_div(logits.log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True) + mass
+    )
+
+
+def _lost_mass(gates: Mapping[int, Gate]) -> torch.Tensor:
+    return torch.stack([gate.loss for gate in gates.values() if gate.loss is not None]).mean()
 
 
 @torch.no_grad()
