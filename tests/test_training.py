@@ -929,17 +929,33 @@ def test_evaluation_with_every_group_is_the_dense_model():
 def test_perplexity_by_length_is_that_of_shorter_texts():
     model, sequences = tiny_model(), random_tokens(2, 290)
     way = focus_way(model, CONFIG, random_routers(range(1, 4), 4))
-    quality = evaluate(model, way, sequences, lengths=[140, 290])
+    quality = evaluate(model, way, sequences, lengths=[140 - 64, 290])
     assert quality.perplexity_by_length[290] == pytest.approx(quality.perplexity)
     short = evaluate(model, way, sequences[:, :140])
-    assert quality.perplexity_by_length[140] == pytest.approx(short.perplexity, rel=1e-4)
+    assert quality.perplexity_by_length[140 - 64] == pytest.approx(short.perplexity, rel=1e-4)
+
+
+def with_repetition(row):
+    """The text that is measured: its last 64 tokens repeat some of the first half."""
+    most = len(row) // 2 - 64
+    start = int(torch.randint(0, most, (1,), generator=torch.Generator().manual_seed(0)))
+    return torch.cat([row[:-64], row[start : start + 64]])
+
+
+def test_perplexity_and_recall_are_of_the_text_with_its_end_replaced_by_an_earlier_part():
+    model, (row,) = tiny_model(), random_tokens(1, 160)
+    quality = evaluate(model, dense(), row[None])
+    ids = with_repetition(row)
+    logprobs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+    assert quality.perplexity == pytest.approx((-logprobs[:95]).mean().exp().item(), rel=1e-4)
+    assert quality.recall == pytest.approx(-logprobs[95:].mean().item(), rel=1e-4)
 
 
 def test_evaluation_counts_the_pairs_of_the_mask():
     model, sequences, routers = tiny_model(), random_tokens(1, 200), random_routers(range(1, 4), 4)
     quality = evaluate(model, focus_way(model, CONFIG, routers), sequences)
     with attach(model, CONFIG, routers) as layers:
-        logits(model, sequences)
+        logits(model, with_repetition(sequences[0])[None])
     masks = [focus_mask(layer.query_groups[0], layer.key_groups[0], CONFIG) for layer in layers.values()]
     nobody = torch.zeros(200, dtype=torch.int64)
     always = focus_mask(nobody, nobody, CONFIG).sum().item()

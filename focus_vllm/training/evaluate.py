@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from focus_vllm.config import FocusConfig
 from focus_vllm.routing import Router
 from focus_vllm.training.data import tokenize
-from focus_vllm.training.hf import HardMask, attach_layers, prompt_logprobs, routable_layers, score_tokens
+from focus_vllm.training.hf import HardMask, attach_layers, prompt_logprobs, routable_layers
 from focus_vllm.training.probes import Probe, Score, score_probes
 from focus_vllm.training.yardsticks import MassMeter, OracleMask, RandomMask
 
@@ -28,8 +28,9 @@ class Quality:
 
     name: str
     perplexity: float
+    """Of the tokens before the repeated span."""
     recall: float
-    """Mean negative log-likelihood of a 64-token span that repeats one from the text's first half."""
+    """Mean negative log-likelihood of the text's last 64 tokens, which repeat a span of its first half."""
     far_pairs: float
     """Share of the pairs beyond window and sinks that attend, mean over layers; 1 if dense.
 
@@ -180,12 +181,13 @@ def evaluate(
     losses, recalls, counts = [], [], _Counts(len(routable_layers(model)))
     with attach_layers(model, way.handlers) if way.handlers else contextlib.nullcontext():
         for row in sequences:
-            losses.append(-prompt_logprobs(model, row).double())
-            counts.add(way)
             start = int(torch.randint(0, max(length // 2 - RECALL_TOKENS, 1), (1,), generator=generator))
             repeated = row.clone()
             repeated[-RECALL_TOKENS:] = row[start : start + RECALL_TOKENS]
-            recalls.append(-score_tokens(model, repeated, RECALL_TOKENS)[0].mean().item())
+            loss = -prompt_logprobs(model, repeated).double()
+            counts.add(way)
+            losses.append(loss[:-RECALL_TOKENS])
+            recalls.append(loss[-RECALL_TOKENS:].mean().item())
         scores = {task: score_probes(model, given) for task, given in (probes or {}).items()}
     nll = torch.stack(losses)
     return Quality(
