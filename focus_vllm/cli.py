@@ -29,7 +29,7 @@ CONFIG_HELP = {
 }
 SETTINGS_HELP = {
     "objective": "what gates far pairs: log-gate, paper, or mass, which needs no backward pass",
-    "mass_weight": "times the loss of mass that is added to another objective's, at repeated tokens if any",
+    "mass_weight": "times the loss of mass that is added to another objective's",
     "target": "what predictions are compared with: the text, or the dense model's own",
     "steps": "optimiser steps",
     "minutes": "stop after so long at the latest; 0: no limit",

@@ -384,22 +384,15 @@ def test_mass_objective_is_the_log_of_the_attention_that_the_gate_keeps():
 
 
 @pytest.mark.parametrize("kind", [LogGate, PaperGate])
-def test_mass_beside_another_objective_is_that_of_the_watched_queries(kind):
-    gate, (query, key, value) = small_gate(kind)
-    gate.attend(query, key, value, 0.3, 0.0)
+def test_mass_beside_another_objective_is_the_same(kind):
+    gate, given = small_gate(kind)
+    alone, _ = small_gate(MassGate)
+    gate.attend(*given, 0.3, 0.0)
     assert gate.loss is None
     gate.measures_mass = True
-    gate.watched = torch.tensor([[20, 5], [7, 12]])[: len(query)]
-    gate.attend(query, key, value, 0.3, 0.0)
-    near, future = pairs_of(21)
-    weights = (0.3 * query @ key.transpose(-1, -2)).masked_fill(future, float("-inf")).softmax(-1)
-    queries, keys = gate.memberships()
-    kept = torch.where(near, 1.0, (queries @ keys.transpose(1, 2)).clamp(max=1.0))[:, None]
-    mass = (weights * kept).sum(-1)
-    wanted = [mass[number, :, row] for number, rows in enumerate(gate.watched) for row in rows]
-    torch.testing.assert_close(gate.loss, -torch.stack(wanted).log().mean())
-    (gradient,) = torch.autograd.grad(gate.loss, [gate.centroids])
-    assert gradient.abs().sum() > 0
+    gate.attend(*given, 0.3, 0.0)
+    alone.attend(*given, 0.3, 0.0)
+    assert gate.loss.item() == alone.loss.item() > 0.1
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 20.0])
@@ -489,9 +482,7 @@ def test_batch_is_cut_from_the_text():
 @pytest.mark.parametrize("distance", [0, 50])
 def test_copied_spans_repeat_tokens_from_far_back(distance):
     original = torch.arange(300).repeat(20, 1)
-    batch = original.clone()
-    copied = copy_spans(batch, 1, distance, torch.Generator().manual_seed(0))
-    assert torch.equal(copied, batch != original)
+    batch = copy_spans(original.clone(), 1, distance, torch.Generator().manual_seed(0))
     for row in batch:
         places = (row != torch.arange(300)).nonzero()[:, 0]
         assert 16 <= len(places) <= 64
@@ -508,13 +499,10 @@ def test_copied_spans_that_cannot_fit_are_refused():
 
 def test_planted_pairs_come_back_far_behind():
     generator = torch.Generator().manual_seed(0)
-    batch = torch.arange(400).repeat(20, 1)
-    repeated = plant_pairs(batch, 1, 100, generator)
-    for row, mark in zip(batch, repeated, strict=True):
+    batch = plant_pairs(torch.arange(400).repeat(20, 1), 1, 100, generator)
+    for row in batch:
         runs = row.unfold(0, 12, 1)
         i, j = (runs[:, None] == runs[None]).all(dim=-1).nonzero(as_tuple=True)
-        second = j[i < j].item()
-        assert mark.nonzero()[:, 0].tolist() == list(range(second, second + 12))
         assert (j - i)[i < j].tolist() == [
             distance for distance in (j - i)[i < j].tolist() if distance >= 112
         ]
@@ -615,23 +603,16 @@ def test_dense_target_costs_nothing_when_everything_is_near():
         )
 
 
-def test_mass_weight_adds_the_mass_that_repeated_tokens_lose():
+def test_mass_weight_adds_the_mass_that_the_gates_lose():
     model = tiny_model()
-    settings = dataclasses.replace(SETTINGS, seq_len=300, copy_spans=1, mass_weight=0.5)
+    settings = dataclasses.replace(SETTINGS, mass_weight=0.5)
     gates = trainer.new_gates(model, CONFIG, settings)
-    batch = trainer._batch(random_tokens(2000), gates, settings, 0)
-    plain = dataclasses.replace(settings, mass_weight=0.0)
+    plain, batch = dataclasses.replace(settings, mass_weight=0.0), random_tokens(2, 49)
     with attach_layers(model, gates):
         without, loss = (trainer._loss(model, batch, gates, each).item() for each in (plain, settings))
     mass = sum(gate.loss.item() for gate in gates.values()) / len(gates)
     assert loss == pytest.approx(without + 0.5 * mass)
     assert mass > 0.01
-    watched = next(iter(gates.values())).watched
-    window = CONFIG.window
-    for row, places in zip(batch, watched, strict=True):
-        assert places.max() < settings.seq_len
-        for place in places.tolist():  # what is watched has been said before, further back than the window
-            assert row[place] in row[: place - window]
 
 
 def test_final_sharpness_is_part_of_the_adapter():

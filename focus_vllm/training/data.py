@@ -91,7 +91,7 @@ def copy_spans(batch: torch.Tensor, spans: int, distance: int, generator: torch.
         generator: Source of randomness.
 
     Returns:
-        `[batch_size, length]`, bool: the tokens of the copies.
+        `batch`.
 
     Raises:
         ValueError: A row is too short for a copy at that distance.
@@ -102,15 +102,13 @@ def copy_spans(batch: torch.Tensor, spans: int, distance: int, generator: torch.
             f"copied spans at a distance of {distance} tokens need sequences of at least "
             f"{2 * high + distance} tokens, got {batch.shape[1]}"
         )
-    copied = torch.zeros_like(batch, dtype=torch.bool)
-    for row, mark in zip(batch, copied, strict=True):
+    for row in batch:
         for _ in range(spans):
             length = _draw(low, high + 1, generator)
             source = _draw(0, len(row) - 2 * length - distance + 1, generator)
             target = _draw(source + length + distance, len(row) - length + 1, generator)
             row[target : target + length] = row[source : source + length].clone()
-            mark[target : target + length] = True
-    return copied
+    return batch
 
 
 def plant_pairs(batch: torch.Tensor, pairs: int, distance: int, generator: torch.Generator) -> torch.Tensor:
@@ -125,7 +123,7 @@ def plant_pairs(batch: torch.Tensor, pairs: int, distance: int, generator: torch
         generator: Source of randomness.
 
     Returns:
-        `[batch_size, length]`, bool: the tokens of the repetitions.
+        `batch`.
 
     Raises:
         ValueError: A row is too short for a pair at that distance.
@@ -136,16 +134,14 @@ def plant_pairs(batch: torch.Tensor, pairs: int, distance: int, generator: torch
             f"key-value pairs at a distance of {distance} tokens need sequences of at least "
             f"{2 * size + distance} tokens, got {batch.shape[1]}"
         )
-    repeated = torch.zeros_like(batch, dtype=torch.bool)
-    for row, mark in zip(batch, repeated, strict=True):
+    for row in batch:
         for _ in range(pairs):
             pair = row[torch.randint(len(row), (size,), generator=generator)]
             source = _draw(0, len(row) - 2 * size - distance + 1, generator)
             target = _draw(source + size + distance, len(row) - size + 1, generator)
             row[source : source + size] = pair
             row[target : target + size] = pair
-            mark[target : target + size] = True
-    return repeated
+    return batch
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:

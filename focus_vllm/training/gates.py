@@ -44,11 +44,9 @@ class Gate:
     """Attend as the model itself does."""
     measures_mass: bool = False
     """Set `loss` while attending, besides."""
-    watched: torch.Tensor | None = None
-    """Queries whose mass counts, `[batch, num_rows]`, int64; None takes some of all that have far keys."""
     loss: torch.Tensor | None = None
     """Of the last batch: minus the mean log of the attention that near pairs and the gate keep, over heads
-    and queries. The attention is that of the layer's queries and keys without any gate."""
+    and some queries that have far keys. The attention is that of the layer's queries and keys, not gated."""
     scores: torch.Tensor | None = None
     """Of the last batch, divided by the temperature: `[batch, num_tokens, num_groups]`, float32."""
     query_scores: torch.Tensor | None = None
@@ -112,18 +110,16 @@ class Gate:
         softcap: float,
     ) -> torch.Tensor:
         """Return `loss`, given all of `attend`'s queries and keys, and `memberships`."""
-        batch, num_heads, num_tokens, head_size = query.shape
-        rows = self.watched
-        if rows is None:  # queries without far keys have nothing to learn
-            rows = torch.arange(min(self.config.window + 1, num_tokens - 1), num_tokens, device=query.device)
-            rows = rows[:: -(-len(rows) // MASS_QUERIES)].expand(batch, -1)
-        i, j = rows[..., None], torch.arange(num_tokens, device=query.device)
-        query = query.gather(2, i[:, None].expand(-1, num_heads, -1, head_size))
-        scores = attention_scores(query, key, scale, softcap).float()
-        weights = scores.masked_fill((j > i)[:, None], float("-inf")).softmax(dim=-1)
+        num_tokens, device = query.shape[2], query.device
+        # Queries without far keys have nothing to learn.
+        rows = torch.arange(min(self.config.window + 1, num_tokens - 1), num_tokens, device=device)
+        rows = rows[:: -(-len(rows) // MASS_QUERIES)]
+        i, j = rows[:, None], torch.arange(num_tokens, device=device)[None, :]
+        scores = attention_scores(query[:, :, rows], key, scale, softcap).float()
+        weights = scores.masked_fill(j > i, float("-inf")).softmax(dim=-1)
         always = (i - j <= self.config.window) | (j < self.config.sink)
-        members = query_members.gather(1, i.expand(-1, -1, query_members.shape[-1]))
-        gate = (members @ key_members.transpose(1, 2)).clamp(max=1.0).masked_fill(always, 1.0)
+        gate = (query_members[:, rows] @ key_members.transpose(1, 2)).clamp(max=1.0)
+        gate = gate.masked_fill(always, 1.0)
         return -(weights * gate[:, None]).sum(dim=-1).clamp_min(MIN_GATE).log().mean()
 
     def parameters(self) -> list[torch.Tensor]:

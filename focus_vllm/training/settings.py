@@ -26,7 +26,7 @@ class TrainSettings:
     """What gates far pairs in training (docs/training.md): `log-gate`, `paper`, or `mass` without a backward
     pass through the model."""
     mass_weight: float = 0.0
-    """Times the loss of `mass` that is added to another objective's: at repeated tokens, if there are any."""
+    """Times the loss of `mass` that is added to another objective's."""
     target: str = "text"
     """What the model's predictions are compared with: the `text`, or its own `dense` ones (distillation)."""
     steps: int = 300

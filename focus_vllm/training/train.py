@@ -22,7 +22,7 @@ from focus_vllm.config import FocusConfig
 from focus_vllm.routing import Router, sinkhorn
 from focus_vllm.training.checkpoint import Checkpoints
 from focus_vllm.training.data import copy_spans, plant_pairs, sample_batch
-from focus_vllm.training.gates import GATES, MASS_QUERIES, Gate
+from focus_vllm.training.gates import GATES, Gate
 from focus_vllm.training.hf import Recorder, attach_layers, routable_layers
 from focus_vllm.training.processes import processes
 from focus_vllm.training.settings import TrainSettings
@@ -296,21 +296,8 @@ def _batch(
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     batch = sample_batch(tokens, settings.batch_size, settings.seq_len + 1, generator)
     window = next(iter(gates.values())).config.window if gates else 0
-    repeated = copy_spans(batch, settings.copy_spans, window, generator)
-    repeated |= plant_pairs(batch, settings.key_values, window, generator)
-    if settings.mass_weight:
-        watched = _spread(repeated[:, :-1]) if repeated.any() else None
-        for gate in gates.values():
-            gate.watched = None if watched is None else watched.to(gate.projection.device)
-    return batch
-
-
-def _spread(chosen: torch.Tensor) -> torch.Tensor:
-    """Return MASS_QUERIES of each row's chosen positions, evenly spread; some twice where there are fewer."""
-    places = [mask.nonzero()[:, 0] for mask in chosen]
-    return torch.stack(
-        [place[torch.linspace(0, len(place) - 1, MASS_QUERIES).round().long()] for place in places]
-    )
+    copy_spans(batch, settings.copy_spans, window, generator)
+    return plant_pairs(batch, settings.key_values, window, generator)
 
 
 def _loss(
