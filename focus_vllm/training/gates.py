@@ -18,7 +18,7 @@ MIN_GATE = 1e-6
 CPU_QUERIES, GPU_QUERIES = 128, 1024
 # The published text leaves lambda open; at 10 a pair of one group is gated by 1.0 and one of two by 0.5.
 PAPER_LAMBDA = 10.0
-MASS_QUERIES = 128
+MASS_QUERIES = 512
 
 
 @dataclasses.dataclass(slots=True)
