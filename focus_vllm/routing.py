@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 
@@ -99,10 +100,9 @@ def route(
 
 
 def sinkhorn(scores: torch.Tensor, iterations: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Balanced soft assignment of tokens to groups (arXiv 2604.03260, section 3).
+    """Balanced soft assignment of tokens to groups, in log space (arXiv 2604.03260, section 3).
 
-    Each iteration divides by the sums over tokens, then by the sums over groups. That is two products of a
-    matrix with a vector; in float64, scores may differ by hundreds.
+    Each iteration divides by the sums over tokens, then by the sums over groups.
 
     Args:
         scores: `[..., num_tokens, num_groups]`, already divided by the temperature.
@@ -112,11 +112,11 @@ def sinkhorn(scores: torch.Tensor, iterations: int = 10) -> tuple[torch.Tensor, 
         Assignments of the shape of `scores`, each row summing to 1, and the column potentials
         log v `[..., num_groups]`: the assignment is softmax(scores + log v) per token.
     """
-    wanted = scores.shape[-2] / scores.shape[-1]
-    exact = scores.double()
-    share = (exact - exact.amax(dim=-1, keepdim=True)).exp()
-    column = torch.ones_like(share[..., 0, :, None])
+    log_num_tokens = math.log(scores.shape[-2])
+    log_q = scores.log_softmax(dim=-1)
+    potential = torch.zeros_like(scores[..., 0, :])
     for _ in range(iterations):
-        column = wanted / (share.mT @ (1 / (share @ column)))
-    potential = column[..., 0].log().to(scores.dtype)
-    return (scores + potential[..., None, :]).softmax(dim=-1), potential
+        column = log_q.logsumexp(dim=-2) - log_num_tokens
+        potential = potential - column
+        log_q = (scores + potential[..., None, :]).log_softmax(dim=-1)
+    return log_q.exp(), potential

@@ -21,7 +21,7 @@ import focus_vllm.training.train as trainer
 from focus_vllm.adapter import BaseModel, load_adapter, save_adapter
 from focus_vllm.config import FocusConfig
 from focus_vllm.reference import focus_attention, focus_mask
-from focus_vllm.routing import Router, route, sinkhorn, top_groups
+from focus_vllm.routing import Router, route, top_groups
 from focus_vllm.training.checkpoint import Checkpoints
 from focus_vllm.training.data import copy_spans, plant_pairs, read_documents, sample_batch, shuffled_tokens
 from focus_vllm.training.evaluate import (
@@ -39,7 +39,6 @@ from focus_vllm.training.gates import (
     LogGate,
     MassGate,
     PaperGate,
-    balancing_potential,
     causal_attention,
     soft_top_k,
 )
@@ -393,24 +392,6 @@ def test_mass_beside_another_objective_is_the_same(kind):
     gate.attend(*given, 0.3, 0.0)
     alone.attend(*given, 0.3, 0.0)
     assert gate.loss.item() == alone.loss.item() > 0.1
-
-
-@pytest.mark.parametrize("spread", [1.0, 4.0, 20.0])
-def test_gradient_of_the_balance_is_that_of_sinkhorns_iterations(spread):
-    generator = torch.Generator().manual_seed(0)
-    scores = spread * torch.randn(400, 6, generator=generator, dtype=torch.float64)
-    scores = (scores + torch.randn(6, generator=generator)).requires_grad_()
-    weights, others = (torch.randn(*shape, generator=generator) for shape in ((400, 6), (6,)))
-    assignment, potential = sinkhorn(scores, 3000)
-    wanted = (assignment * weights).sum() + ((potential - potential.mean()) * others).sum()
-    potential = balancing_potential(scores, 3000)
-    found = ((scores + potential).softmax(-1) * weights).sum() + (
-        (potential - potential.mean()) * others
-    ).sum()
-    assert found.item() == pytest.approx(wanted.item())
-    gradients = [torch.autograd.grad(each, scores)[0] for each in (found, wanted)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    assert balancing_potential(scores, 0).tolist() == [0.0] * 6
 
 
 @pytest.mark.parametrize("k", [1, 2, 7])

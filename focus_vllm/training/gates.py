@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -146,8 +145,8 @@ class Gate:
         """
         assert self.scores is not None
         scores = self.scores.flatten(0, 1)
-        scores = scores + balancing_potential(scores, self.sinkhorn_iterations)
-        keys = scores.softmax(dim=-1)
+        keys, potential = sinkhorn(scores, self.sinkhorn_iterations)
+        scores = scores + potential
         if self.query_scores is not None:
             # Nothing balances queries: with balanced keys, the far pairs kept do not depend on them.
             scores = self.query_scores.flatten(0, 1)
@@ -253,48 +252,6 @@ class MassGate(Gate):
 
 
 GATES: dict[str, type[Gate]] = {"log-gate": LogGate, "paper": PaperGate, "mass": MassGate}
-
-
-def balancing_potential(scores: torch.Tensor, iterations: int) -> torch.Tensor:
-    """Return Sinkhorn's column potential; its gradient is that of the limit, in closed form.
-
-    That is exact where the iterations have converged, and needs no step of theirs for the backward pass.
-
-    Args:
-        scores: `[num_tokens, num_groups]`, float32.
-        iterations: See `sinkhorn`.
-
-    Returns:
-        `[num_groups]`: `softmax(scores + it)` is balanced.
-    """
-    if not iterations:
-        return torch.zeros_like(scores[0])
-    potential: torch.Tensor = _Potential.apply(scores, iterations)  # type: ignore[no-untyped-call]
-    return potential
-
-
-class _Potential(torch.autograd.Function):
-    """Sums over tokens of the assignment p stay equal, so a change ds of the scores changes b by A db = -r.
-
-    With A = diag(sums) - p^T p and r the sums over tokens of softmax's derivative along ds.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: torch.Tensor, iterations: int) -> torch.Tensor:
-        assignment, potential = sinkhorn(scores, iterations)
-        ctx.save_for_backward(assignment)
-        return potential
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (p,) = ctx.saved_tensors
-        exact = p.double()
-        system = exact.sum(dim=0).diag() - exact.T @ exact
-        # A constant added to all potentials changes nothing: that direction is filled up.
-        system += system.diagonal().mean() / len(system)
-        wanted = gradient.double()
-        change = torch.linalg.solve_ex(system, (wanted - wanted.mean())[:, None])[0].to(p.dtype)
-        return p * (p @ change - change.T), None
 
 
 def soft_top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
