@@ -191,6 +191,8 @@ def _judge(result: Any, slo_ttft: str, slo_tpot: str) -> dict[str, Any]:
 
 def _doubts(row: dict[str, Any]) -> list[str]:
     """Return why a cell's figures may mean nothing."""
+    from loadtest.bench import engine_tpot
+
     where = f"{row['side']} {row['scenario']} {row['length']} x {row['concurrency']}"
     found = []
     if row["scenario"] != "turns":
@@ -202,7 +204,7 @@ def _doubts(row: dict[str, Any]) -> list[str]:
             found.append(f"{where}: prompts have {row['prompt_tokens']:g} tokens")
     if row["failed"]:
         found.append(f"{where}: {row['failed']} requests failed")
-    engine, client = (row["server_decode"] or 0) / max(row["output_tokens"] - 1, 1), row["tpot_p50"] or 0
+    engine, client = engine_tpot(row), row["tpot_p50"] or 0
     if row["scenario"] == "grid" and row["concurrency"] == 1 and client > SLOW_CLIENT * engine:
         found.append(
             f"{where}: the client waited {1000 * client:.1f} ms for a token, of the engine's "

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from loadtest.bench import engine_tpot
 from loadtest.charts import tokens
 from server.objectives import BUCKETS, PromptBuckets
 
@@ -169,7 +170,7 @@ def _cells(text: str) -> list[tuple[int, tuple[float, float], tuple[float, float
         row = json.loads(line)
         alone = row["concurrency"] == 1 or row["scenario"] == "alone"
         if alone and not row["server_prefix_hits"]:
-            row["tpot"] = row["server_decode"] / (row["output_tokens"] - 1)
+            row["tpot"] = engine_tpot(row)
             sides.setdefault(row["length"], {})[row["side"]] = row
     both = {length: rows for length, rows in sides.items() if {"dense", "focus"} <= set(rows)}
     decode = {length: rows for length, rows in both.items() if rows["dense"]["scenario"] != "alone"}

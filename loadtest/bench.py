@@ -203,6 +203,13 @@ def summary(result: Result) -> dict[str, Any]:
     }
 
 
+def engine_tpot(row: dict[str, Any]) -> float:
+    """Return a cell's time per token after the first by the engine's own clock, in seconds; 0 if unknown."""
+    seconds: float = row["server_decode"] or 0.0
+    tokens: int = max(row["output_tokens"] - 1, 1)
+    return seconds / tokens
+
+
 async def _run_all(target: Target, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     from vllm.benchmarks.serve import main_async
 

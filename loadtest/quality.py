@@ -175,11 +175,6 @@ def _yardsticks() -> Iterator[Unit]:
     yield {**tuned, "kind": "tuned", "keys": [993, 1446, 1853]}
 
 
-def _long() -> Iterator[Unit]:
-    """The frontier's first adapter, trained for longer and with more to copy."""
-    yield _adapter("K=18, long", 18, (2, 4), (1024, 2048), steps=1000, copy_spans=12)
-
-
 def _ideas() -> Iterator[Unit]:
     """Each differs from `long` in what its name says, to choose what the frontier should use."""
     long: dict[str, Any] = {"steps": 1000, "copy_spans": 12}
@@ -279,7 +274,6 @@ def _smoke() -> Iterator[Unit]:
 
 PLANS = {
     "smoke": _smoke,
-    "long": _long,
     "ideas": _ideas,
     "frontier": _frontier,
     "yardsticks": _yardsticks,

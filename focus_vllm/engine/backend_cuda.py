@@ -346,7 +346,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             )
             return stock
         if output_scale is not None or output_block_scale is not None:
-            # Unreachable while `fused_output_quant_supported` says no, as in vLLM's own backend.
+            # vLLM asks `fused_output_quant_supported` first, which says no. Without this, were it not to
+            # ask, outputs would be wrong in silence.
             raise NotImplementedError("Focus does not quantize attention's output: turn that fusion off")
         num_tokens = attn_metadata.num_actual_tokens
         self._forward_focus(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import torch
@@ -21,7 +22,7 @@ MASS_QUERIES = 512
 
 
 @dataclasses.dataclass(slots=True)
-class Gate:
+class Gate(abc.ABC):
     """One layer in training. `dense_below` plays no part: every position learns to be routed."""
 
     config: FocusConfig
@@ -60,44 +61,11 @@ class Gate:
                 potential = self.query_potential * self.sharpness
                 self.query_scores = projected @ self.query_centroids.T + potential
 
+    @abc.abstractmethod
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
     ) -> torch.Tensor:
-        """Attend with far pairs gated, in the dtype of `query`; memory grows with the length, not its square.
-
-        Each block of queries is computed again in the backward pass.
-        """
-        key, value = repeat_heads(query, key, value)
-        if self.dense:
-            return causal_attention(query, key, value, scale, softcap)
-        queries, keys = self.memberships()
-        if self.measures_mass and torch.is_grad_enabled():
-            self.loss = self.lost_mass(query.detach(), key.detach(), queries, keys, scale, softcap)
-        size = CPU_QUERIES if query.device.type == "cpu" else GPU_QUERIES
-        chunks = []
-        for start in range(0, query.shape[2], size):
-            stop = min(start + size, query.shape[2])
-            parts = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
-            gates = queries[:, start:stop], keys[:, :stop]
-            output: torch.Tensor = checkpoint(
-                self._attend_chunk, *parts, *gates, start, scale, softcap, use_reentrant=False
-            )
-            chunks.append(output)
-        return torch.cat(chunks, dim=2)
-
-    def _attend_chunk(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        query_members: torch.Tensor,
-        key_members: torch.Tensor,
-        start: int,
-        scale: float,
-        softcap: float,
-    ) -> torch.Tensor:
-        """Attend from one block of queries; a gate with an `attend` of its own needs none."""
-        raise NotImplementedError
+        """Attend, in the dtype of `query`; the model itself attends so if `dense`."""
 
     def lost_mass(
         self,
@@ -165,7 +133,51 @@ class Gate:
 
 
 @dataclasses.dataclass(slots=True)
-class LogGate(Gate):
+class BlockGate(Gate):
+    """One that weakens far pairs, a block of queries at a time."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
+    ) -> torch.Tensor:
+        """Attend with far pairs gated, in the dtype of `query`; memory grows with the length, not its square.
+
+        Each block of queries is computed again in the backward pass.
+        """
+        key, value = repeat_heads(query, key, value)
+        if self.dense:
+            return causal_attention(query, key, value, scale, softcap)
+        queries, keys = self.memberships()
+        if self.measures_mass and torch.is_grad_enabled():
+            self.loss = self.lost_mass(query.detach(), key.detach(), queries, keys, scale, softcap)
+        size = CPU_QUERIES if query.device.type == "cpu" else GPU_QUERIES
+        chunks = []
+        for start in range(0, query.shape[2], size):
+            stop = min(start + size, query.shape[2])
+            parts = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+            gates = queries[:, start:stop], keys[:, :stop]
+            output: torch.Tensor = checkpoint(
+                self._attend_chunk, *parts, *gates, start, scale, softcap, use_reentrant=False
+            )
+            chunks.append(output)
+        return torch.cat(chunks, dim=2)
+
+    @abc.abstractmethod
+    def _attend_chunk(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_members: torch.Tensor,
+        key_members: torch.Tensor,
+        start: int,
+        scale: float,
+        softcap: float,
+    ) -> torch.Tensor:
+        """Attend from one block of queries."""
+
+
+@dataclasses.dataclass(slots=True)
+class LogGate(BlockGate):
     """Far scores get log(q_i . g_j), near pairs and sinks attend as usual.
 
     As assignments sharpen, the gate tends to 0 for a key in one of the query's groups and to minus infinity
@@ -212,7 +224,7 @@ class LogGate(Gate):
 
 
 @dataclasses.dataclass(slots=True)
-class PaperGate(Gate):
+class PaperGate(BlockGate):
     """The paper's equation 2: far scores are multiplied by sigmoid(lambda g_i . g_j)."""
 
     def _attend_chunk(
