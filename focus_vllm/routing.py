@@ -99,22 +99,25 @@ def route(
     return key_groups, key_groups if top_k == key_k else top_groups(scores, top_k)
 
 
-def sinkhorn(scores: torch.Tensor, iterations: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+def sinkhorn(
+    scores: torch.Tensor, iterations: int = 10, start: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Balanced soft assignment of tokens to groups, in log space (arXiv 2604.03260, section 3).
 
     Each iteration divides by the sums over tokens, then by the sums over groups.
 
     Args:
         scores: `[..., num_tokens, num_groups]`, already divided by the temperature.
-        iterations: 10 are enough; 3 are too few.
+        iterations: 10 are enough while scores are of one order of magnitude; 3 are too few.
+        start: Column potentials to begin with, `[..., num_groups]`; None: zeros.
 
     Returns:
         Assignments of the shape of `scores`, each row summing to 1, and the column potentials
         log v `[..., num_groups]`: the assignment is softmax(scores + log v) per token.
     """
     log_num_tokens = math.log(scores.shape[-2])
-    log_q = scores.log_softmax(dim=-1)
-    potential = torch.zeros_like(scores[..., 0, :])
+    potential = torch.zeros_like(scores[..., 0, :]) if start is None else start
+    log_q = (scores + potential[..., None, :]).log_softmax(dim=-1)
     for _ in range(iterations):
         column = log_q.logsumexp(dim=-2) - log_num_tokens
         potential = potential - column

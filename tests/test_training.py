@@ -370,6 +370,20 @@ def test_gates_are_their_formula_over_all_pairs_at_once(kind, own, top_k, softca
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_groups_stay_balanced_from_step_to_step_when_scores_have_large_offsets():
+    gate, _ = small_gate(LogGate, length=400)
+    gate.scores = (gate.scores * 20 + torch.tensor([300.0, 0.0, 0.0, -100.0])).detach()
+
+    def largest_group():
+        return gate.memberships()[1].flatten(0, 1).argmax(-1).bincount().max().item() / 800
+
+    assert largest_group() > 0.8, "ten iterations from zeros are not enough"
+    for _ in range(60):
+        gate.memberships()
+        gate.start.copy_(gate.found)
+    assert largest_group() < 0.4
+
+
 def test_mass_objective_is_the_log_of_the_attention_that_the_gate_keeps():
     gate, (query, key, value) = small_gate(MassGate, top_k=2)
     output = gate.attend(query, key, value, 0.3, 0.0)
@@ -594,6 +608,31 @@ def test_mass_weight_adds_the_mass_that_the_gates_lose():
     mass = sum(gate.loss.item() for gate in gates.values()) / len(gates)
     assert loss == pytest.approx(without + 0.5 * mass)
     assert mass > 0.01
+
+
+def test_every_step_begins_with_the_potentials_of_the_one_before():
+    model, tokens = tiny_model(), random_tokens(2000)
+    gates = trainer.new_gates(model, CONFIG, SETTINGS)
+    begun = []
+    first = gates[1]
+    plain = trainer._gradients
+
+    def gradients(*args):
+        begun.append(first.start.clone())
+        loss = plain(*args)
+        begun.append(first.found)
+        return loss
+
+    optimizer = torch.optim.AdamW(trainer.parameters_of(gates), lr=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_gradients", gradients)
+        trainer.optimise(
+            model, tokens, gates, dataclasses.replace(SETTINGS, steps=3), optimizer, progress=False
+        )
+    assert not begun[0].any()
+    assert torch.equal(begun[1], begun[2])
+    assert torch.equal(begun[3], begun[4])
+    assert begun[4].abs().max() > 0
 
 
 def test_final_sharpness_is_part_of_the_adapter():

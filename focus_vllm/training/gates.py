@@ -51,6 +51,18 @@ class Gate(abc.ABC):
     """Of the last batch, divided by the temperature: `[batch, num_tokens, num_groups]`, float32."""
     query_scores: torch.Tensor | None = None
     """Likewise, with the queries' own centroids; None without."""
+    found: torch.Tensor | None = None
+    """Sinkhorn's column potentials of the last batch, `[num_groups]`, float32."""
+    start: torch.Tensor = dataclasses.field(init=False)
+    """Where Sinkhorn begins, `[num_groups]`, float32: in training, the potentials of the step before.
+
+    What is added to all scores of a group changes nothing once Sinkhorn has converged, so nothing keeps
+    training from adding to them; then ten iterations from zeros are not enough, and most tokens stay in one
+    group, whose pairs no gate weakens."""
+
+    def __post_init__(self) -> None:
+        """Begin with zeros."""
+        self.start = torch.zeros(len(self.centroids), device=self.centroids.device)
 
     def observe(self, hidden: torch.Tensor) -> None:
         """Score `hidden`'s tokens against the centroids."""
@@ -113,7 +125,8 @@ class Gate(abc.ABC):
         """
         assert self.scores is not None
         scores = self.scores.flatten(0, 1)
-        keys, potential = sinkhorn(scores, self.sinkhorn_iterations)
+        keys, potential = sinkhorn(scores, self.sinkhorn_iterations, self.start)
+        self.found = potential.detach()
         scores = scores + potential
         if self.query_scores is not None:
             # Nothing balances queries: with balanced keys, the far pairs kept do not depend on them.

@@ -214,10 +214,11 @@ def optimise(
     """
     state = processes()
     parameters = [part for group in optimizer.param_groups for part in group["params"]]
+    kept = parameters + [gate.start for gate in gates.values()]
     ratios = [group["lr"] / settings.lr for group in optimizer.param_groups]
     step, seconds = 0, 0.0
     if checkpoints is not None and checkpoints.resume:
-        step, seconds = checkpoints.load(parameters, optimizer, run or {})
+        step, seconds = checkpoints.load(kept, optimizer, run or {})
     started = time.perf_counter() - seconds
     show = progress and state.is_main_process
     bar = tqdm(total=settings.steps, initial=step, unit="step", disable=not show, dynamic_ncols=True)
@@ -233,6 +234,9 @@ def optimise(
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            for gate in gates.values():
+                if gate.found is not None:
+                    gate.start.copy_(reduce(gate.found, "mean") if state.num_processes > 1 else gate.found)
             step += 1
             if part > 0:
                 bar.total = min(settings.steps, round((step - 1) / part))
@@ -244,7 +248,7 @@ def optimise(
                 for index, share in dominance(gates).items():
                     summary.add_scalar(f"largest_group/{index}", share, step)
             if checkpoints is not None and step % checkpoints.every == 0 and state.is_main_process:
-                checkpoints.save(step, time.perf_counter() - started, parameters, optimizer, run or {})
+                checkpoints.save(step, time.perf_counter() - started, kept, optimizer, run or {})
     for gate in gates.values():
         gate.sharpness = settings.sharpen
     return step
@@ -378,7 +382,7 @@ def calibrate(
                 scores[index].append(gate.scores.flatten(0, 1))
     potentials, balance = {}, {}
     for index, parts in scores.items():
-        assignment, potential = sinkhorn(torch.cat(parts), CALIBRATION_ITERATIONS)
+        assignment, potential = sinkhorn(torch.cat(parts), CALIBRATION_ITERATIONS, gates[index].start)
         counts = torch.bincount(assignment.argmax(dim=-1), minlength=len(potential))
         potentials[index] = potential - potential.mean()
         balance[index] = (counts.max() / counts.sum()).item()
