@@ -8,8 +8,7 @@ The Focus side is everything a layer adds or replaces: routing, group store, lis
 near part, merge and counters. Both sides run in this process on the same tensors. A case is not reported
 unless its output agrees with the definition in float32: its relative error may be at most 1.5 times that of
 stock FlashAttention against dense attention. "decode+qkv" puts the layer's QKV projection on both sides,
-beside which a model routes; "decode+lists" builds the lists there too (FOCUS_LISTS_BESIDE=1). The file is
-written after every case, and cases that it has are not run again.
+beside which a model routes. The file is written after every case, and cases that it has are not run again.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
+from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -55,7 +54,7 @@ from focus_vllm.kernels.plan import (
     plan_waves,
 )
 from focus_vllm.kernels.routing import device_weight, route_into
-from focus_vllm.kernels.store import write_store
+from focus_vllm.kernels.store import address_of, write_stores
 from loadtest.paged import PagedBatch, SlowFlashAttention, make_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,11 +128,12 @@ class Layer:
             self.batch.slots(request)[-queries:] for request in range(case.batch)
         ])  # fmt: skip
         self.new_groups = self.batch.store[self.slot_mapping]
+        self.address = address_of(self.batch.store, self.new_groups)
         self.seq_lens = torch.tensor(self.batch.seq_lens, dtype=torch.int32, device=DEVICE)
         self.cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
         self.totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
         self.projection: torch.Tensor | None = None
-        if case.phase in ("decode+qkv", "decode+lists"):
+        if case.phase == "decode+qkv":
             width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size
             self.projection = torch.randn(hidden_size, width, device=DEVICE, dtype=dtype)
             self.projected = torch.empty(tokens, width, device=DEVICE, dtype=dtype)
@@ -219,23 +219,12 @@ class Layer:
         config, routed = self.case.config, self.routed
         route_into(self.hidden, self.weight, self.bias, routed[0], routed[1], config.key_k, config.top_k)
 
-    def _list(self) -> None:
-        scratch = self.decode_scratch
-        build_decode_lists(
-            self.slot_mapping, self.new_groups, self.batch.store, self.batch.query_groups,
-            self.paged.block_table, self.paged.block_size, self.seq_lens, self.case.config, scratch.progress,
-            scratch.lists, scratch.list_lens, self.totals,
-        )  # fmt: skip
-
     def focus(self) -> None:
         """Run everything that a routed layer does."""
         batch, config = self.batch, self.case.config
-        listed = self.case.phase == "decode+lists"
         if self.projection is not None:
             with beside(self.hidden.device):
                 self._route()
-                if listed:
-                    self._list()
             torch.mm(self.hidden, self.projection, out=self.projected)
             rejoin(self.hidden.device)
         elif config.dense_below < self.case.context:
@@ -243,11 +232,11 @@ class Layer:
         if self.case.decodes:
             decode_attention(
                 self.attention, batch.query, self.out, self.slot_mapping, self.new_groups, batch.query_groups,
-                batch.store, self.paged, self.seq_lens, config, self.decode_scratch, self.totals, listed,
+                batch.store, self.paged, self.seq_lens, config, self.decode_scratch, self.totals,
             )  # fmt: skip
             return
         if config.dense_below < self.case.context:
-            write_store(batch.store, self.slot_mapping, self.new_groups, self.totals)
+            write_stores(self.address, batch.store.dtype, self.slot_mapping, self.totals)
         if self.num_dense:
             keys = min(config.dense_below, self.case.context)
             self._stock(self.num_dense, keys, *self.dense_lengths)
@@ -417,9 +406,7 @@ def cases() -> list[Case]:
     )
     lines += [Case("decode", context, batch, one) for batch, context in decodes]
     lines += [
-        Case(phase, context, batch, one)
-        for batch, context in ((1, 8192), (1, 32768), (8, 131072))
-        for phase in ("decode+qkv", "decode+lists")
+        Case("decode+qkv", context, batch, one) for batch, context in ((1, 8192), (1, 32768), (8, 131072))
     ]
     for num_groups, key_k, top_k in ((16, 1, 2), (16, 1, 4), (8, 2, 2), (4, 2, 2)):
         config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
@@ -440,7 +427,7 @@ def smoke_cases() -> list[Case]:
     several, sets = (dataclasses.replace(one, key_k=key_k, top_k=2) for key_k in (1, 2))
     kinds = (one, several, sets, SeparateQueries.of(one))
     lines = [Case("prefill", 260, 1, config) for config in kinds]
-    return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv", "decode+lists")]
+    return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv")]
 
 
 def environment() -> dict[str, str]:

@@ -28,6 +28,7 @@ from focus_vllm.engine.state import AttentionCounts, LayerFocus
 from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.near import Scores
 from focus_vllm.kernels.plan import SeparateQueries
+from focus_vllm.kernels.store import address_of
 from focus_vllm.reference import focus_mask
 from loadtest.paged import PagedBatch, SlowFlashAttention
 
@@ -99,7 +100,6 @@ def layer_of(backend: Any, batch: PagedBatch, slots: torch.Tensor, **changes: An
     impl.num_kv_heads = batch.cache.shape[2]
     impl.scale, impl.logits_soft_cap, impl.kv_cache_dtype = impl.head_size**-0.5, 0, "auto"
     impl.vllm_flash_attn_version, impl.vllm_config, impl.capacity = 3, VLLM_CONFIG, None
-    impl.block_size, impl.listed = 0, False
     counts = AttentionCounts(totals=torch.zeros(4, dtype=torch.int64, device=DEVICE))
     key_groups = batch.store[slots]
     batch.store[slots] = 0
@@ -111,6 +111,7 @@ def layer_of(backend: Any, batch: PagedBatch, slots: torch.Tensor, **changes: An
         query_groups=batch.query_groups,
         counts=counts,
         store=batch.store,
+        address=address_of(batch.store, key_groups),
     )
     for name, value in changes.items():
         setattr(impl, name, value)
@@ -175,45 +176,6 @@ def test_layer_with_query_centroids_follows_the_definition(backend):
     out, counts = forward(backend, batch)
     assert_matches_definition(batch, out, from_position=0)
     assert counts == pairs_by_phase(batch)
-
-
-@pytest.mark.usefixtures("stand_ins")
-def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch):
-    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700, 101], query_lens=[1, 1, 1])
-    scratch = {}  # what is listed ahead is found again in the same memory
-
-    class KeptWorkspace(Workspace):
-        def get_simultaneous(self, *sizes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
-            return scratch.setdefault(sizes, super().get_simultaneous(*sizes))
-
-    monkeypatch.setattr(backend, "current_workspace_manager", KeptWorkspace)
-    slots = new_slots(batch)
-    impl = layer_of(backend, batch, slots)
-    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity())
-    impl.list_decodes(metadata)
-    assert not impl.listed, "nobody knows yet how long a block is"
-    impl.block_size = batch.cache.shape[1]
-    impl.list_decodes(metadata)
-    monkeypatch.setattr("focus_vllm.kernels.attention.build_decode_lists", None)
-    out = torch.full_like(batch.query, float("nan"))
-    impl.forward(None, batch.query, None, None, batch.cache.transpose(1, 2), metadata, out)
-    assert_matches_definition(batch, out, from_position=0)
-    assert pairs_by_phase(batch)["selected_tokens"] == impl.focus.counts.read()["selected_tokens"]
-    assert not impl.listed
-
-
-@pytest.mark.usefixtures("stand_ins")
-def test_decodes_are_not_listed_ahead_beside_prefills_or_where_keys_are_copied(backend, monkeypatch):
-    batch = batch_of(settings("1/1", dense_below=100), **LENGTHS)
-    slots = new_slots(batch)
-    impl = layer_of(backend, batch, slots, block_size=batch.cache.shape[1])
-    impl.list_decodes(metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity()))
-    assert not impl.listed
-    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 1])
-    monkeypatch.setenv("FOCUS_GATHER", "1")
-    impl = layer_of(backend, batch, new_slots(batch), block_size=batch.cache.shape[1])
-    impl.list_decodes(metadata_of(backend, batch, batch.config, new_slots(batch), impl.scratch_capacity()))
-    assert not impl.listed
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -291,6 +253,29 @@ def test_query_centroids_show_in_the_layers_bias(backend):
     assert backend._config(focus) is batch.config
     focus.bias = torch.zeros(2, 8)
     assert backend._config(focus) == SeparateQueries.of(batch.config)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_groups_of_a_dense_step_are_stored_at_its_end_and_those_of_others_by_every_layer(backend):
+    dense = {"seq_lens": [30, 100], "query_lens": [1, 100]}
+    for lengths, stored in ((dense, [0, 0, 3]), (LENGTHS, [1, 2, 3])):
+        impls = []
+        for _ in range(3):
+            batch = batch_of(settings("1/1", dense_below=100), **lengths)
+            impls.append(layer_of(backend, batch, new_slots(batch)))
+            impls[-1].focus.counts = impls[0].focus.counts
+        slots = new_slots(batch)
+        metadata = metadata_of(backend, batch, batch.config, slots, impls[0].scratch_capacity())
+        metadata.stores = backend.Stores([impl.focus for impl in impls])
+        done = []
+        for impl in impls:
+            impl._store_groups(metadata)
+            done.append(sum(bool((each.focus.store[slots] != 0).all()) for each in impls))
+        assert done == stored
+        for impl in impls:
+            assert torch.equal(impl.focus.store[slots], impl.focus.key_groups)
+        pairs = [count for count in metadata.dense_pairs for _ in range(2)]
+        assert impls[0].focus.counts.totals.tolist() == [3 * count for count in pairs]
 
 
 def test_batch_below_dense_below_is_left_to_vllm(backend):

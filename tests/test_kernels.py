@@ -41,7 +41,7 @@ from focus_vllm.kernels.plan import (
     signatures,
 )
 from focus_vllm.kernels.routing import device_weight, route_into
-from focus_vllm.kernels.store import write_store
+from focus_vllm.kernels.store import address_of, write_stores
 from focus_vllm.kernels.warmup import compile_kernels
 from focus_vllm.reference import decode_mask, focus_mask
 from focus_vllm.routing import mask_dtype, route
@@ -388,11 +388,15 @@ def test_store_is_written_at_the_slots_and_padding_is_skipped():
     slots = torch.tensor([7, -1, 49, 0, -1], device=DEVICE)
     groups = torch.tensor([1, 2, 4, 8, 16, 32], dtype=torch.uint8, device=DEVICE)
     totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    write_store(store, slots, groups, totals, (2**33, 5))
-    write_store(store, slots[1:2], groups, totals, (7, 7))
-    assert totals.tolist() == [2**33, 2**33, 5, 5]
-    assert store.nonzero().flatten().tolist() == [0, 7, 49]
+    second, more = torch.zeros_like(store), groups + 1
+    addresses = torch.cat([address_of(store, groups), address_of(second, more)])
+    write_stores(addresses, store.dtype, slots, totals, (2**33, 5))
+    write_stores(addresses[:1], store.dtype, slots[1:2], totals, (7, 7))
+    assert totals.tolist() == [2**34, 2**34, 10, 10], "both layers count"
+    for each in (store, second):
+        assert each.nonzero().flatten().tolist() == [0, 7, 49]
     assert store[[0, 7, 49]].tolist() == [8, 1, 4]
+    assert second[[0, 7, 49]].tolist() == [9, 2, 5]
 
 
 @pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])

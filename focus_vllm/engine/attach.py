@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import CompilationMode, VllmConfig
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
@@ -36,22 +34,9 @@ def _route_op(
 
         with beside(hidden.device):
             route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
-            if torch.cuda.is_current_stream_capturing() and weight.data_ptr() in LISTED_BESIDE:
-                _list_decodes(LISTED_BESIDE[weight.data_ptr()])
         return
     num_tokens = len(hidden)
     key_groups[:num_tokens], query_groups[:num_tokens] = route(hidden, weight, bias, key_k, top_k)
-
-
-LISTED_BESIDE: dict[int, Attention] = {}
-"""Attention layers whose decode lists are built beside the QKV projection too, by the address of their
-router's weight, which is the same in every graph. Empty unless FOCUS_LISTS_BESIDE=1."""
-
-
-def _list_decodes(attention: Attention) -> None:
-    metadata = get_forward_context().attn_metadata
-    if isinstance(metadata, dict):  # None while graphs of layers without attention are captured
-        attention.impl.list_decodes(metadata[attention.layer_name])  # type: ignore[attr-defined]
 
 
 def _route_fake(
@@ -126,20 +111,19 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
         raise FocusUnsupportedError(reasons)
     counts = AttentionCounts()
     eager = vllm_config.compilation_config.mode == CompilationMode.NONE
-    key_groups, query_groups = _group_buffers(model, vllm_config, config.num_groups)
+    key_groups, query_groups = (_group_buffer(model, vllm_config, config.num_groups) for _ in range(2))
     if key_groups.is_cuda:
         counts.totals = torch.zeros(4, dtype=torch.int64, device=key_groups.device)
     layers = {}
     for index in routed:
         weight, bias = (part.to(key_groups.device) for part in routers[index].fold(config.temperature))
         if weight.is_cuda:
+            key_groups = torch.zeros_like(key_groups)  # a dense step stores those of all layers at its end
             from focus_vllm.kernels.routing import device_weight
 
             dtype = vllm_config.model_config.dtype
             assert isinstance(dtype, torch.dtype)
             weight = device_weight(weight, dtype)
-            if os.environ.get("FOCUS_LISTS_BESIDE") == "1":
-                LISTED_BESIDE[weight.data_ptr()] = attentions[index]
         layers[index] = LayerFocus(config, weight, bias, key_groups, query_groups, counts)
         attentions[index].impl.focus = layers[index]  # type: ignore[attr-defined]
         _hook(projections[index], layers[index], eager)
@@ -209,13 +193,9 @@ def _find_projection(model: nn.Module, index: int, attention: Attention) -> nn.M
     return None
 
 
-def _group_buffers(
-    model: nn.Module, vllm_config: VllmConfig, num_groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    size = vllm_config.scheduler_config.max_num_batched_tokens
-    device = next(model.parameters()).device
-    dtype = mask_dtype(num_groups)
-    return torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+def _group_buffer(model: nn.Module, vllm_config: VllmConfig, num_groups: int) -> torch.Tensor:
+    size, device = vllm_config.scheduler_config.max_num_batched_tokens, next(model.parameters()).device
+    return torch.zeros(size, dtype=mask_dtype(num_groups), device=device)
 
 
 def _hook(projection: nn.Module, layer: LayerFocus, eager: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides, is_quantized_kv_cache
 from vllm.v1.attention.backend import (
@@ -45,7 +46,7 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
+from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
 from focus_vllm.kernels.near import GROUP_BITS, Cache, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
@@ -63,7 +64,7 @@ from focus_vllm.kernels.plan import (
     plan_waves,
     signatures,
 )
-from focus_vllm.kernels.store import write_store
+from focus_vllm.kernels.store import address_of, write_stores
 from focus_vllm.kernels.warmup import compile_kernels
 
 LIST_BYTES = 256 * 2**20
@@ -182,6 +183,29 @@ class FocusBatch:
     progress: Progress
 
 
+class Stores:
+    """The routed layers of a KV cache group, whose tokens have the same slots."""
+
+    def __init__(self, layers: list[LayerFocus]) -> None:
+        """`layers` are in the model's order."""
+        self.layers = layers
+        self._rows: list[torch.Tensor | None] = []
+        self._addresses: torch.Tensor | None = None
+
+    def addresses(self) -> torch.Tensor:
+        """Return `[num_layers, 2]`, int64, as `write_stores` takes them."""
+        rows = [layer.address for layer in self.layers]
+        if self._addresses is None or any(new is not old for new, old in zip(rows, self._rows, strict=True)):
+            _eager_step_needed()
+            self._rows, self._addresses = rows, torch.cat([row for row in rows if row is not None])
+        return self._addresses
+
+
+def _eager_step_needed() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the group store must exist before a CUDA graph is captured: run an eager step")
+
+
 @dataclasses.dataclass
 class FocusFlashAttentionMetadata(FlashAttentionMetadata):
     """vLLM's metadata and, unless every query of the batch is dense, how routed layers split it."""
@@ -189,6 +213,7 @@ class FocusFlashAttentionMetadata(FlashAttentionMetadata):
     focus: FocusBatch | None = None
     dense_pairs: tuple[int, int] = (0, 0)
     """(query, key) pairs of prefill and decode that routed layers leave to the stock call."""
+    stores: Stores | None = None
 
 
 class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -207,10 +232,11 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         context = vllm_config.compilation_config.static_forward_context
-        impls = [context[name].impl for name in layer_names]
-        routed = next((impl for impl in impls if impl.focus is not None), None)
-        self.focus_config = _config(routed.focus) if routed else None
-        self.capacity = routed.scratch_capacity() if routed else None
+        impls = [context[name].impl for name in sorted(layer_names, key=extract_layer_index)]
+        routed = [impl for impl in impls if impl.focus is not None]
+        self.focus_config = _config(routed[0].focus) if routed else None
+        self.capacity = routed[0].scratch_capacity() if routed else None
+        self.stores = Stores([impl.focus for impl in routed])
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
         most = max(scheduler.max_num_seqs, graphs.max_cudagraph_capture_size or 0)
         self.first_decode = torch.arange(most + 1, dtype=torch.int32, device=device)
@@ -227,7 +253,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         focus, dense_pairs = self._split(common_attn_metadata), (0, 0)
         if self.focus_config is not None:
             dense_pairs = _dense_pairs(common_attn_metadata, self.focus_config.dense_below, focus)
-        return FocusFlashAttentionMetadata(**fields, focus=focus, dense_pairs=dense_pairs)
+        return FocusFlashAttentionMetadata(**fields, focus=focus, dense_pairs=dense_pairs, stores=self.stores)
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -298,8 +324,6 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         self.vllm_config = get_current_vllm_config_or_none()
         self.capacity: Capacity | None = None
         self.reserved = False
-        self.block_size = 0
-        self.listed = False
 
     def do_kv_cache_update(
         self,
@@ -313,14 +337,10 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus, num_slots = self.focus, kv_cache.shape[0] * kv_cache.shape[2]
         if focus is None:
             return
-        self.block_size = kv_cache.shape[2]
         if focus.store is None or len(focus.store) < num_slots:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "the group store must exist before a CUDA graph is captured: run an eager step"
-                )
-            focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype, device=kv_cache.device)
-        if len(focus.store) > num_slots:
+            _eager_step_needed()
+            self._new_store(focus, num_slots, kv_cache.device)
+        elif len(focus.store) > num_slots:
             focus.store = focus.store[:num_slots]
 
     def forward(
@@ -361,45 +381,31 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         )
         return output
 
-    def list_decodes(self, metadata: FocusFlashAttentionMetadata) -> None:
-        """Build the lists of a batch of decodes ahead of `forward`, as soon as its tokens are routed.
-
-        Does nothing for other batches, or if the lists do not fit in the scratch buffer together.
-        """
-        focus, batch = self.focus, metadata.focus
-        if focus is None or focus.store is None or batch is None or batch.waves or batch.dense is not None:
-            return
-        assert self.vllm_config is not None
-        dtype, count = self.vllm_config.model_config.dtype, batch.num_decodes
-        assert isinstance(dtype, torch.dtype)
-        scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, dtype)
-        if gather is not None or count > len(scratch.lists) or not self.block_size:
-            return
-        build_decode_lists(
-            metadata.slot_mapping[:count],
-            focus.key_groups[:count],
-            focus.store,
-            focus.query_groups[:count],
-            metadata.block_table[:count],
-            self.block_size,
-            metadata.seq_lens[:count],
-            batch.config,
-            scratch.progress,
-            scratch.lists[:count],
-            scratch.list_lens[:count],
-            self._totals(focus),
-        )
-        self.listed = True
+    def _new_store(self, focus: LayerFocus, num_slots: int, device: torch.device) -> None:
+        focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype, device=device)
+        focus.address = address_of(focus.store, focus.key_groups)
 
     def _store_groups(self, metadata: FocusFlashAttentionMetadata | None) -> None:
-        """Store the groups of this step's tokens, unless all are decodes, whose lists' kernel stores them."""
-        if self.focus is None or metadata is None or self.focus.store is None:
+        """Store the groups of this step's tokens, unless all are decodes, whose lists' kernel stores them.
+
+        Of a dense step nobody reads them until it is over: the last layer stores those of all.
+        """
+        focus = self.focus
+        if focus is None or metadata is None or focus.store is None:
             return
-        if metadata.focus is None or metadata.focus.waves or metadata.focus.dense is not None:
-            # A graph that is replayed cannot count with this step's numbers.
-            pairs = (0, 0) if torch.cuda.is_current_stream_capturing() else metadata.dense_pairs
-            totals, key_groups = self._totals(self.focus), self.focus.key_groups
-            write_store(self.focus.store, metadata.slot_mapping, key_groups, totals, pairs)
+        if metadata.focus is None:
+            assert metadata.stores is not None
+            if focus is not metadata.stores.layers[-1]:
+                return
+            addresses = metadata.stores.addresses()
+        elif metadata.focus.waves or metadata.focus.dense is not None:
+            assert focus.address is not None
+            addresses = focus.address
+        else:
+            return
+        # A graph that is replayed cannot count with this step's numbers.
+        pairs = (0, 0) if torch.cuda.is_current_stream_capturing() else metadata.dense_pairs
+        write_stores(addresses, focus.store.dtype, metadata.slot_mapping, self._totals(focus), pairs)
 
     def _totals(self, focus: LayerFocus) -> torch.Tensor:
         assert focus.counts.totals is not None
@@ -415,7 +421,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         # As many slots as a KV cache could have that filled the GPU: a byte beside the kilobytes of each.
         token_bytes = self._token_bytes() * sum(hasattr(module, "impl") for module in context.values())
         most_slots = torch.cuda.get_device_properties(device).total_memory // token_bytes
-        focus.store = torch.zeros(most_slots, dtype=focus.key_groups.dtype, device=device)
+        self._new_store(focus, most_slots, device)
         rows = self.scratch_capacity().decode_rows
         start = torch.arange(rows + 1, dtype=torch.int32, device=device), Progress.zeros(rows, device)
         self._decode_scratch(*start, output.dtype)  # the workspace has its final size before it is used
@@ -557,9 +563,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 batch.config,
                 scratch,
                 totals,
-                self.listed,
             )
-            self.listed = False
         if batch.dense is not None:
             pages = kv_cache.transpose(1, 2)
             self._attention(scores, metadata.max_num_splits, None)(

@@ -61,13 +61,15 @@ class LayerFocus:
     bias: torch.Tensor
     """`[num_groups]`, float32."""
     key_groups: torch.Tensor
-    """`[max_num_batched_tokens]`: G of this step's tokens; one buffer for all layers, written by routing."""
+    """`[max_num_batched_tokens]`: G of this step's tokens, as routed. A CPU has one for all layers."""
     query_groups: torch.Tensor
-    """`[max_num_batched_tokens]`: Q of this step's tokens."""
+    """`[max_num_batched_tokens]`: Q of this step's tokens; one buffer for all layers."""
     counts: AttentionCounts
     """One object for all layers."""
     store: torch.Tensor | None = None
     """`[num_slots]`: G of every cached token, at the slot of its key and value."""
+    address: torch.Tensor | None = None
+    """`[1, 2]`, int64, on a GPU: where `store` and `key_groups` begin."""
     deferred: DeferredRouting | None = None
     """Takes the tokens that can be routed later, on a CPU."""
     deferred_row: int = 0

@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from focus_vllm.kernels.launch import Launcher
 
 # One tile shape for every batch size: a token's products are then added up in the same order whatever it is
 # batched with, and its groups cannot depend on the batch. One H200, 2026-11-22, hidden size 4096, 8 groups:
@@ -39,6 +43,7 @@ def device_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return halves.flatten(0, 1)
 
 
+@functools.cache
 def _padded(num_groups: int) -> int:
     padded: int = triton.next_power_of_2(num_groups)
     return max(8, padded)
@@ -61,7 +66,10 @@ def _best_groups(scores, num_groups: tl.constexpr, k: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(
+    do_not_specialize=["num_tokens"],
+    do_not_specialize_on_alignment=["bias", "key_groups", "query_groups"],
+)
 def _route_kernel(
     hidden,
     hidden_stride,
@@ -103,6 +111,9 @@ def _route_kernel(
     tl.store(query_groups + token, queries, mask=token < num_tokens)
 
 
+_launch = Launcher(_route_kernel, num_warps=WARPS, num_stages=STAGES)
+
+
 def route_into(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -127,34 +138,37 @@ def route_into(
         ValueError: A buffer is shorter than the chunk, or the dtypes differ.
     """
     num_tokens, hidden_size = hidden.shape
-    shortest = min(len(key_groups), len(query_groups))
+    shortest = min(key_groups.shape[0], query_groups.shape[0])
     if shortest < num_tokens:
         raise ValueError(f"group buffers hold {shortest} tokens, the chunk has {num_tokens}")
     if bias.dim() == 2:
         route_into(hidden, weight[0], bias[0], key_groups, key_groups, key_k, key_k)
         route_into(hidden, weight[1], bias[1], query_groups, query_groups, top_k, top_k)
         return
-    num_groups = len(bias)
+    num_groups = bias.shape[0]
     if weight.dtype != hidden.dtype:
         raise ValueError(f"the router's weight is {weight.dtype}, the hidden states are {hidden.dtype}")
     if num_tokens == 0:
         return
-    _route_kernel[(triton.cdiv(num_tokens, TOKENS),)](
+    stride, padded = hidden.stride(0), _padded(num_groups)
+    aligned = hidden.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0
+    dtypes, sizes = (hidden.dtype, key_groups.dtype), (stride, hidden_size, num_groups, key_k, top_k)
+    _launch(
+        (hidden.device, aligned, dtypes, sizes),
+        (-(-num_tokens // TOKENS), 1, 1),
         hidden,
-        hidden.stride(0),
+        stride,
         weight,
         bias,
         key_groups,
         query_groups,
         num_tokens,
         hidden_size,
-        num_groups=num_groups,
-        padded_groups=_padded(num_groups),
-        key_k=key_k,
-        top_k=top_k,
-        tokens=TOKENS,
+        num_groups,
+        padded,
+        key_k,
+        top_k,
+        TOKENS,
         # Wider weights take narrower tiles, so that three stages fit in shared memory.
-        channels=max(64, CHANNELS * 8 // _padded(num_groups)),
-        num_warps=WARPS,
-        num_stages=STAGES,
+        max(64, CHANNELS * 8 // padded),
     )

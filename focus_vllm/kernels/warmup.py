@@ -19,7 +19,7 @@ from focus_vllm.kernels.decode_lists import decode_parts
 from focus_vllm.kernels.gather import GatheredAttention, GatherScratch
 from focus_vllm.kernels.near import Cache, Scores, near_tile
 from focus_vllm.kernels.plan import Segment, plan_waves
-from focus_vllm.kernels.store import write_store
+from focus_vllm.kernels.store import address_of, write_stores
 from focus_vllm.routing import mask_dtype
 
 QUERIES = 64
@@ -99,4 +99,4 @@ def compile_kernels(
             decode,
             totals,
         )
-    write_store(store, slots, query_groups, totals)
+    write_stores(address_of(store, query_groups), dtype, slots, totals)

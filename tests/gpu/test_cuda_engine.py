@@ -30,7 +30,6 @@ ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     # The prompts of the batch fill 683 of 690 blocks of 16 tokens; 40 tokens more of each do not fit.
     "preempted": (FOCUS, {"enable_prefix_caching": False, "num_gpu_blocks_override": 690}),
     "wide": ({**FOCUS, "window": 8192}, {"enable_prefix_caching": False}),
-    "listed beside": (FOCUS, {"enable_prefix_caching": False}),
 }  # fmt: skip
 RUN = """
 import json, os, sys
@@ -98,7 +97,6 @@ def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
         command = [sys.executable, "-c", RUN, str(DEMO / "model"), str(folder / f"{number}.pt"), *texts]
         # Engines that start at the same time must not look for a free port at the same place.
         apart = environment | {"VLLM_PORT": str(29500 + 50 * number)}
-        apart["FOCUS_LISTS_BESIDE"] = str(int(name == "listed beside"))
         processes[name] = subprocess.Popen(command, cwd=ROOT, env=apart, stdout=log, stderr=log)
     results = {}
     try:
@@ -120,12 +118,6 @@ def texts_of(runs: dict[str, dict[str, Any]], name: str) -> tuple[list, list]:
 
 def test_prompt_below_dense_below_is_bit_identical_to_stock(runs):
     assert texts_of(runs, "focus")[0][:2] == texts_of(runs, "stock")[0][:2]
-
-
-def test_lists_built_beside_the_projection_change_no_bit(runs):
-    assert runs["listed beside"]["result"]["texts"] == runs["focus"]["result"]["texts"]
-    assert runs["listed beside"]["result"]["forced"] == runs["focus"]["result"]["forced"]
-    assert runs["listed beside"]["result"]["after"] == runs["focus"]["result"]["after"]
 
 
 def test_long_prompt_is_not_dense(runs):
