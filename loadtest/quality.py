@@ -144,12 +144,13 @@ def _adapter(
     given = ("group_dim", "temperature", "key_k")
     own: dict[str, Any] = {key: changes.pop(key) for key in given if key in changes}
     settings = {
-        "steps": 400,
+        "steps": 800,
         "batch_size": 4,
         "seq_len": 2048,
-        "copy_spans": 4,
+        "copy_spans": 8,
         "train_window": 512,
         "sharpen": 2.0,
+        "mass_weight": 1.0,
         **changes,
     }
     serve = [{"top_k": top_k, "window": window} for window in windows for top_k in top_ks]

@@ -370,9 +370,10 @@ def test_gates_are_their_formula_over_all_pairs_at_once(kind, own, top_k, softca
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_groups_stay_balanced_from_step_to_step_when_scores_have_large_offsets():
+def test_groups_become_balanced_from_step_to_step_when_scores_differ_by_much():
     gate, _ = small_gate(LogGate, length=400)
-    gate.scores = (gate.scores * 20 + torch.tensor([300.0, 0.0, 0.0, -100.0])).detach()
+    gate.scores = (gate.scores * 20).detach()
+    gate.scores[:, ::10, 0] -= 2000.0  # the other nine prefer group 0 by 200
 
     def largest_group():
         return gate.memberships()[1].flatten(0, 1).argmax(-1).bincount().max().item() / 800
@@ -382,6 +383,33 @@ def test_groups_stay_balanced_from_step_to_step_when_scores_have_large_offsets()
         gate.memberships()
         gate.start.copy_(gate.found)
     assert largest_group() < 0.4
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_all_tokens_have_in_common_changes_no_membership(own):
+    gate, _ = small_gate(LogGate, own=own)
+    before = gate.memberships()
+    gate.scores = gate.scores + torch.tensor([300.0, 0.0, 0.0, -100.0])
+    if own:
+        gate.query_scores = gate.query_scores + torch.tensor([-50.0, 0.0, 200.0, 0.0])
+    torch.testing.assert_close(gate.memberships(), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_calibrated_potentials_give_each_token_alone_the_groups_of_training(own):
+    gate, _ = small_gate(LogGate, length=400, own=own)
+    gate.scores = (gate.scores * 20 + torch.tensor([300.0, 0.0, 0.0, -100.0])).detach()
+    gate.sinkhorn_iterations, gate.sharpness = 200, 3.0
+    gate.query_potential = torch.tensor([1.0, 0.0, -1.0, 0.5]) if own else None
+    keys, queries = gate.calibrated(
+        gate.scores.flatten(0, 1), gate.query_scores.flatten(0, 1) if own else None, 200
+    )
+    trained_queries, trained_keys = gate.memberships()
+    torch.testing.assert_close((gate.scores + keys).softmax(-1), trained_keys, rtol=1e-2, atol=1e-3)
+    if own:
+        torch.testing.assert_close((gate.query_scores + queries).softmax(-1), trained_queries)
+    else:
+        assert queries is None
 
 
 def test_mass_objective_is_the_log_of_the_attention_that_the_gate_keeps():
@@ -640,7 +668,7 @@ def test_final_sharpness_is_part_of_the_adapter():
         run(tiny_model(), dataclasses.replace(SETTINGS, steps=1, sharpen=factor)) for factor in (1.0, 5.0)
     )
     for index in plain.layers:
-        for name in ("centroids", "query_centroids", "query_potential"):
+        for name in ("centroids", "query_centroids"):
             ours, theirs = (getattr(made.layers[index], name) for made in (sharp, plain))
             torch.testing.assert_close(ours, 5 * theirs)
 
@@ -692,7 +720,8 @@ def test_hard_mask_serves_the_groups_that_were_trained(queries):
             part.data += 0.05 * torch.randn(part.shape, generator=generator)
     with attach_layers(model, gates):
         logits(model, tokens)
-    nothing = {index: torch.zeros(4) for index in gates}
+    zeros = torch.zeros(4)
+    nothing = {index: (zeros, zeros if queries == "own" else None) for index in gates}
     way = focus_way(model, CONFIG, trainer.routers_of(gates, nothing))
     # Only the first routed layer: later hidden states depend on what attention did.
     mask, gate = way.handlers[1], gates[1]

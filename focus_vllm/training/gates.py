@@ -56,9 +56,8 @@ class Gate(abc.ABC):
     start: torch.Tensor = dataclasses.field(init=False)
     """Where Sinkhorn begins, `[num_groups]`, float32: in training, the potentials of the step before.
 
-    What is added to all scores of a group changes nothing once Sinkhorn has converged, so nothing keeps
-    training from adding to them; then ten iterations from zeros are not enough, and most tokens stay in one
-    group, whose pairs no gate weakens."""
+    From zeros, ten iterations are not enough once scores differ by much: most tokens stay in one group, whose
+    pairs no gate weakens, and nothing is learned."""
 
     def __post_init__(self) -> None:
         """Begin with zeros."""
@@ -69,9 +68,8 @@ class Gate(abc.ABC):
         with torch.autocast(hidden.device.type, enabled=False):
             projected = hidden.float() @ self.projection * (self.sharpness / self.config.temperature)
             self.scores = projected @ self.centroids.T
-            if self.query_centroids is not None and self.query_potential is not None:
-                potential = self.query_potential * self.sharpness
-                self.query_scores = projected @ self.query_centroids.T + potential
+            if self.query_centroids is not None:
+                self.query_scores = projected @ self.query_centroids.T
 
     @abc.abstractmethod
     def attend(
@@ -106,17 +104,35 @@ class Gate(abc.ABC):
         parts = self.projection, self.centroids, self.query_centroids, self.query_potential
         return [part for part in parts if part is not None]
 
-    def router(self, potential: torch.Tensor) -> Router:
+    def router(self, potential: torch.Tensor, query_potential: torch.Tensor | None) -> Router:
         """Return what was learned as the adapter holds it, the sharpness being part of it."""
-        sharp = self.sharpness
-        queries, offsets = self.query_centroids, self.query_potential
+        queries = self.query_centroids
         return Router(
             self.projection.detach(),
-            self.centroids.detach() * sharp,
+            self.centroids.detach() * self.sharpness,
             potential,
-            None if queries is None else queries.detach() * sharp,
-            None if offsets is None else offsets.detach() * sharp,
+            None if queries is None else queries.detach() * self.sharpness,
+            query_potential,
         )
+
+    def calibrated(
+        self, scores: torch.Tensor, query_scores: torch.Tensor | None, iterations: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return potentials for a server, to which each token is all there is.
+
+        Args:
+            scores: `[num_tokens, num_groups]`, as `scores` of a text.
+            query_scores: Likewise.
+            iterations: Sinkhorn's.
+
+        Returns:
+            What to add to a key's scores, and to a query's; the second None with shared centroids.
+        """
+        mean = scores.mean(dim=0)
+        potential = sinkhorn(scores - mean, iterations, self.start)[1] - mean
+        if query_scores is None or self.query_potential is None:
+            return potential - potential.mean(), None
+        return potential - potential.mean(), self.query_potential * self.sharpness - query_scores.mean(dim=0)
 
     def memberships(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return how much each token of the batch is in each group, as a query and as a key.
@@ -124,13 +140,15 @@ class Gate(abc.ABC):
         Both `[batch, num_tokens, num_groups]`, float32; rows add up to `top_k` and to 1.
         """
         assert self.scores is not None
-        scores = self.scores.flatten(0, 1)
+        # What all tokens have in common cancels in Sinkhorn's limit, so that nothing else keeps it within
+        # bounds; and hidden states have much in common.
+        scores = _centred(self.scores.flatten(0, 1))
         keys, potential = sinkhorn(scores, self.sinkhorn_iterations, self.start)
         self.found = potential.detach()
         scores = scores + potential
-        if self.query_scores is not None:
+        if self.query_scores is not None and self.query_potential is not None:
             # Nothing balances queries: with balanced keys, the far pairs kept do not depend on them.
-            scores = self.query_scores.flatten(0, 1)
+            scores = _centred(self.query_scores.flatten(0, 1)) + self.query_potential * self.sharpness
             queries = scores.softmax(dim=-1)
         else:
             queries = keys
@@ -329,6 +347,10 @@ def attention_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softc
     """Return the scaled, softcapped scores, `[..., num_queries, num_keys]`."""
     scores = query @ key.transpose(-1, -2)
     return softcap * torch.tanh(scores * (scale / softcap)) if softcap else scores * scale
+
+
+def _centred(scores: torch.Tensor) -> torch.Tensor:
+    return scores - scores.mean(dim=0)
 
 
 def _future(num_queries: int, num_keys: int, start: int, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from focus_vllm.adapter import Adapter, BaseModel
 from focus_vllm.config import FocusConfig
-from focus_vllm.routing import Router, sinkhorn
+from focus_vllm.routing import Router
 from focus_vllm.training.checkpoint import Checkpoints
 from focus_vllm.training.data import copy_spans, plant_pairs, sample_batch
 from focus_vllm.training.gates import GATES, Gate
@@ -27,6 +27,8 @@ from focus_vllm.training.hf import Recorder, attach_layers, routable_layers
 from focus_vllm.training.processes import processes
 from focus_vllm.training.settings import TrainSettings
 
+Potentials = tuple[torch.Tensor, torch.Tensor | None]
+"""Of keys and of queries, each `[num_groups]`, float32; see `Gate.calibrated`."""
 CALIBRATION_ITERATIONS = 200
 KMEANS_ITERATIONS = 20
 MAX_GRADIENT_NORM = 1.0
@@ -151,9 +153,9 @@ def parameters_of(gates: Mapping[int, Gate]) -> list[torch.Tensor]:
     return [part for gate in gates.values() for part in gate.parameters()]
 
 
-def routers_of(gates: Mapping[int, Gate], potentials: Mapping[int, torch.Tensor]) -> dict[int, Router]:
+def routers_of(gates: Mapping[int, Gate], potentials: Mapping[int, Potentials]) -> dict[int, Router]:
     """Return what the gates learned as the adapter holds it."""
-    return {index: gate.router(potentials[index]) for index, gate in gates.items()}
+    return {index: gate.router(*potentials[index]) for index, gate in gates.items()}
 
 
 @torch.no_grad()
@@ -362,17 +364,18 @@ def _summary(log_dir: Path | None) -> Iterator[Any]:
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel, tokens: torch.Tensor, gates: Mapping[int, Gate], settings: TrainSettings
-) -> tuple[dict[int, torch.Tensor], dict[int, float]]:
+) -> tuple[dict[int, Potentials], dict[int, float]]:
     """Find each layer's column potentials: Sinkhorn's fixed point on the text's last `calibration_tokens`.
 
     Returns:
-        By layer, the potentials `[num_groups]`, float32, and the balance: the share of those tokens
-        that are in the largest group when each is in its best one (1 / num_groups is ideal).
+        By layer, the potentials and the balance: the share of those tokens that are in the largest group
+        when each is in its best one (1 / num_groups is ideal).
     """
     seq_len = settings.seq_len
     sample = tokens[-max(settings.calibration_tokens, seq_len) :]
     sample = sample[: len(sample) // seq_len * seq_len].view(-1, seq_len)
     scores: dict[int, list[torch.Tensor]] = {index: [] for index in gates}
+    query_scores: dict[int, list[torch.Tensor]] = {index: [] for index in gates}
     device = next(model.parameters()).device
     with attach_layers(model, gates):
         for batch in sample.split(settings.batch_size):  # type: ignore[no-untyped-call]
@@ -380,11 +383,14 @@ def calibrate(
             for index, gate in gates.items():
                 assert gate.scores is not None
                 scores[index].append(gate.scores.flatten(0, 1))
+                if gate.query_scores is not None:
+                    query_scores[index].append(gate.query_scores.flatten(0, 1))
     potentials, balance = {}, {}
-    for index, parts in scores.items():
-        assignment, potential = sinkhorn(torch.cat(parts), CALIBRATION_ITERATIONS, gates[index].start)
-        counts = torch.bincount(assignment.argmax(dim=-1), minlength=len(potential))
-        potentials[index] = potential - potential.mean()
+    for index, gate in gates.items():
+        keys = torch.cat(scores[index])
+        queries = torch.cat(query_scores[index]) if query_scores[index] else None
+        potentials[index] = gate.calibrated(keys, queries, CALIBRATION_ITERATIONS)
+        counts = torch.bincount((keys + potentials[index][0]).argmax(dim=-1))
         balance[index] = (counts.max() / counts.sum()).item()
     return potentials, balance
 
