@@ -236,9 +236,6 @@ def optimise(
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            for gate in gates.values():
-                if gate.found is not None:
-                    gate.start.copy_(reduce(gate.found, "mean") if state.num_processes > 1 else gate.found)
             step += 1
             if part > 0:
                 bar.total = min(settings.steps, round((step - 1) / part))
@@ -280,19 +277,30 @@ def _gradients(
     parameters: list[torch.Tensor],
     step: int,
 ) -> float:
-    """Set the parameters' gradients, averaged over passes and processes; return the mean loss."""
+    """Set the parameters' gradients and the gates' `start`, averaged over passes and processes.
+
+    Returns:
+        The mean loss.
+    """
     state = processes()
     total = torch.zeros((), device=next(model.parameters()).device)
+    potentials = {index: torch.zeros_like(gate.start) for index, gate in gates.items()}
     for turn in range(settings.accumulate):
         number = (step * settings.accumulate + turn) * state.num_processes + state.process_index
         loss = _loss(model, _batch(tokens, gates, settings, number), gates, settings) / settings.accumulate
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
+        for index, gate in gates.items():
+            if gate.found is not None:
+                potentials[index] += gate.found / settings.accumulate
     if state.num_processes > 1:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad = reduce(parameter.grad, "mean")
         total = reduce(total, "mean")
+        potentials = {index: reduce(potential, "mean") for index, potential in potentials.items()}
+    for index, gate in gates.items():
+        gate.start.copy_(potentials[index])
     return total.item()
 
 
