@@ -118,9 +118,9 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
     for index in routed:
         weight, bias = (part.to(key_groups.device) for part in routers[index].fold(config.temperature))
         if weight.is_cuda:
-            key_groups = torch.zeros_like(key_groups)  # a dense step stores those of all layers at its end
             from focus_vllm.kernels.routing import device_weight
 
+            key_groups = torch.zeros_like(key_groups)  # a dense step stores those of all layers at its end
             dtype = vllm_config.model_config.dtype
             assert isinstance(dtype, torch.dtype)
             weight = device_weight(weight, dtype)

@@ -214,6 +214,7 @@ class FocusFlashAttentionMetadata(FlashAttentionMetadata):
     dense_pairs: tuple[int, int] = (0, 0)
     """(query, key) pairs of prefill and decode that routed layers leave to the stock call."""
     stores: Stores | None = None
+    """What one launch stores the groups of, in a step that is all dense."""
 
 
 class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
