@@ -177,31 +177,23 @@ def _yardsticks() -> Iterator[Unit]:
 
 
 def _ideas() -> Iterator[Unit]:
-    """Each differs from `long` in what its name says, to choose what the frontier should use."""
-    long: dict[str, Any] = {"steps": 1000, "copy_spans": 12}
-    windows = (1024,)
+    """Each differs from the frontier's settings in what its name says, to choose better ones."""
     changes: dict[str, dict[str, Any]] = {
-        "long, mass 1": {"mass_weight": 1.0},
-        "long": {},
-        "long, shared, mass 1": {"queries": "shared", "mass_weight": 1.0},
-        "long, 4096 tokens, train window 1024, mass 1": {
-            "seq_len": 4096,
-            "batch_size": 1,
-            "train_window": 1024,
-            "mass_weight": 1.0,
-        },
-        "long, shared": {"queries": "shared"},
-        "long, shared, dense target": {"queries": "shared", "target": "dense"},
-        "long, dense target": {"target": "dense"},
-        "long, copy_spans 4": {"copy_spans": 4},
-        "long, sharpen 4": {"sharpen": 4.0},
-        "long, train_top_k 2": {"train_top_k": 2},
-        "long, kmeans": {"init": "kmeans"},
-        "long, lr 0.01": {"lr": 0.01},
-        "long, key_values 4": {"key_values": 4},
+        "nothing": {},
+        "lr 0.001": {"lr": 0.001},
+        "mass 0": {"mass_weight": 0.0},
+        "shared": {"queries": "shared"},
+        "lr 0.001, shared": {"lr": 0.001, "queries": "shared"},
+        "train_top_k 2": {"train_top_k": 2},
+        "4096 tokens, train window 1024": {"seq_len": 4096, "batch_size": 1, "train_window": 1024},
+        "sharpen 4": {"sharpen": 4.0},
+        "dense target": {"target": "dense"},
+        "copy_spans 4": {"copy_spans": 4},
+        "kmeans": {"init": "kmeans"},
+        "key_values 4": {"key_values": 4},
     }
     for name, change in changes.items():
-        yield _adapter(f"idea: {name}", 18, (2, 4), windows, **{**long, **change})
+        yield _adapter(f"idea: {name}", 18, (2, 4), (1024,), **change)
 
 
 def _ablations() -> Iterator[Unit]:
@@ -209,16 +201,9 @@ def _ablations() -> Iterator[Unit]:
     cheap: dict[str, Any] = {"steps": 300}
     window = (1024,)
     for objective in ("mass", "paper"):
-        yield _adapter(f"objective {objective}", 16, (2, 4), window, objective=objective, **cheap)
-        yield _adapter(
-            f"objective {objective} shared",
-            16,
-            (2, 4),
-            window,
-            objective=objective,
-            queries="shared",
-            **cheap,
-        )
+        alone = {**cheap, "objective": objective, "mass_weight": 0.0}
+        yield _adapter(f"objective {objective}", 16, (2, 4), window, **alone)
+        yield _adapter(f"objective {objective} shared", 16, (2, 4), window, queries="shared", **alone)
     for group_dim in (4, 8, 32, 64):
         yield _adapter(f"d_g={group_dim}", 16, (2, 4), window, group_dim=group_dim, **cheap)
     for tau in (0.05, 0.3, 1.0):
