@@ -873,6 +873,16 @@ def test_resume_from_something_else_is_refused(tmp_path, content):
         run(tiny_model(), checkpoints=Checkpoints(tmp_path / "a.checkpoint", resume=True))
 
 
+def test_resume_from_a_checkpoint_of_another_version_changes_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "a.checkpoint")
+    parameter = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter])
+    checkpoints.save(3, 1.0, [parameter + 1], optimizer, {})
+    with pytest.raises(ValueError, match="it holds 1 tensors, this version of focus-vllm trains 2"):
+        checkpoints.load([parameter, torch.zeros(4)], optimizer, {})
+    assert not parameter.any()
+
+
 def test_resume_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         run(tiny_model(), checkpoints=Checkpoints(tmp_path / "a.checkpoint", resume=True))

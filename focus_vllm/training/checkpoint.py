@@ -72,6 +72,11 @@ class Checkpoints:
             if saved_run.get(name) != run.get(name)
         ]:
             raise ValueError(f"cannot resume from {str(self.path)!r}: " + "; ".join(reasons))
+        if len(state["parameters"]) != len(parameters):
+            raise ValueError(
+                f"cannot resume from {str(self.path)!r}: it holds {len(state['parameters'])} tensors, "
+                f"this version of focus-vllm trains {len(parameters)}: start again without --resume"
+            )
         with torch.no_grad():
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
