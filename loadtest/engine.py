@@ -219,7 +219,8 @@ class Measured:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Measure one case."""
-        self.llm.reset_prefix_cache()
+        if case.profile != "decode":  # which begins with cached prompts anyway
+            self.llm.reset_prefix_cache()
         prompts = self.prompts_of(case.batch, case.prompt, 1000 * case.batch + case.prompt)
         if case.profile == "host":
             return self.profile_host(case)

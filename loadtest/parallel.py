@@ -3,9 +3,11 @@
     python -m loadtest.parallel tensor          two tensor-parallel workers, vLLM's executor
     python -m loadtest.parallel ray             the same on two Ray nodes, both on this host (pip install ray)
     python -m loadtest.parallel data            two data-parallel engines behind one focus-serve
+    python -m loadtest.parallel http            two tensor-parallel workers behind one focus-serve
 
 Prompts below and above dense_below, greedy, float32, on CPUs. With tensor parallelism, all ranks must store
-the same groups, byte by byte. The exit status is 1 if anything differs.
+the same groups, byte by byte. `http` also runs on two GPUs, in bfloat16: sums over two ranks are rounded
+elsewhere there, so only the first tokens must be the same. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ RAY_RESOURCE = "TPU"
 """Any whose units Ray numbers, other than GPU: a CPU has none."""
 LENGTHS = (300, 2500, 5000)
 NEW_TOKENS = 24
+SAME_ON_GPUS = 8
+"""Tokens that bfloat16's rounding must not change."""
 # vLLM would bind the workers to cores, one list for each; small machines have no two lists.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -170,27 +174,50 @@ def complete(server: Server, prompt: list[int]) -> list[str]:
         return list(json.load(response)["choices"][0]["logprobs"]["tokens"])
 
 
+def served(flags: Sequence[str]) -> tuple[list[list[str]], set[str]]:
+    """Return what `focus-serve` with these flags answers to all prompts twice, and which engines did."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*FOCUS_SERVE, *flags]
+        with (
+            serving(command, Path(folder) / "log", ENVIRONMENT) as server,
+            ThreadPoolExecutor(2 * len(LENGTHS)) as pool,
+        ):
+            answers = list(pool.map(lambda ids: complete(server, ids), [*prompts(), *prompts()]))
+            engines = {
+                line.split('engine="')[1].split('"')[0]
+                for line in server.get("/metrics").splitlines()
+                if line.startswith("vllm:request_success_total") and not line.endswith(" 0.0")
+            }
+    return answers, engines
+
+
 def data_parallel() -> list[str]:
     """Compare two engines behind one server with one; return what differs."""
-    answers = []
-    for flags in ((), ("--data-parallel-size", "2")):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [*FOCUS_SERVE, "--dtype", "float32", *flags]
-            with (
-                serving(command, Path(folder) / "log", ENVIRONMENT) as server,
-                ThreadPoolExecutor(2 * len(LENGTHS)) as pool,
-            ):
-                answers.append(list(pool.map(lambda ids: complete(server, ids), [*prompts(), *prompts()])))
-                engines = {
-                    line.split('engine="')[1].split('"')[0]
-                    for line in server.get("/metrics").splitlines()
-                    if line.startswith("vllm:request_success_total") and not line.endswith(" 0.0")
-                }
+    flags = ["--dtype", "float32"]
+    alone, _ = served(flags)
+    together, engines = served([*flags, "--data-parallel-size", "2"])
     if len(engines) != 2:
         return [f"requests were answered by engines {sorted(engines)}, not by two"]
+    return _unlike(alone, together)
+
+
+def tensor_parallel() -> list[str]:
+    """Compare a server with two tensor-parallel workers with a server of one; return what differs."""
+    import torch
+
+    gpus, size = torch.cuda.is_available(), ["--tensor-parallel-size", "2"]
+    # The demo needs little, and other servers may be on the same GPUs.
+    little = ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(2**29)]
+    flags = little if gpus else ["--dtype", "float32"]
+    compared = SAME_ON_GPUS if gpus else NEW_TOKENS
+    alone, together = ([words[:compared] for words in served(each)[0]] for each in (flags, [*flags, *size]))
+    return _unlike(alone, together)
+
+
+def _unlike(one: list[list[str]], two: list[list[str]]) -> list[str]:
     return [
-        f"prompt of {len(ids)} tokens: {alone} by one engine, {together} by two"
-        for ids, alone, together in zip([*prompts(), *prompts()], *answers, strict=True)
+        f"prompt of {len(ids)} tokens: {alone} by one, {together} by two"
+        for ids, alone, together in zip([*prompts(), *prompts()], one, two, strict=True)
         if alone != together
     ]
 
@@ -200,7 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["tensor", "data", "ray", "mp"])
+    parser.add_argument("what", choices=["tensor", "data", "ray", "http", "mp"])
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -209,6 +236,8 @@ def main() -> int:
         return 0
     if arguments.what == "data":
         found, same = data_parallel(), "the same tokens from two engines"
+    elif arguments.what == "http":
+        found, same = tensor_parallel(), "the same tokens from two workers"
     else:
         executor = "ray" if arguments.what == "ray" else "mp"
         found = differences(in_a_process(1, executor), in_a_process(2, executor))

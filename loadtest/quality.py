@@ -161,9 +161,12 @@ def _adapter(
 def _frontier() -> Iterator[Unit]:
     yield {"kind": "dense", "name": "dense"}
     yield {"kind": "local", "name": "local windows"}
-    windows = (1024, 512, 2048)
+    windows = (1024, 1536, 2048)
     for num_groups, top_ks in ((18, (2, 4)), (32, (4, 8))):
-        yield {**_adapter(f"K={num_groups}", num_groups, top_ks, windows), "full": True}
+        unit = _adapter(f"K={num_groups}", num_groups, top_ks, windows)
+        # Few keys go further in a window than in groups.
+        few = [{"top_k": top_ks[0] // 2, "window": window} for window in (768, 1024)]
+        yield {**unit, "serve": unit["serve"] + few, "full": True}
 
 
 def _yardsticks() -> Iterator[Unit]:

@@ -25,7 +25,8 @@ from focus_vllm.engine.plugin import register
 def main():
     register()
     llm = LLM(model=sys.argv[1], max_model_len=8192, tensor_parallel_size=int(sys.argv[3]), seed=0,
-              kv_cache_memory_bytes=2**29, worker_extension_cls="loadtest.engine.MeasuredWorker",
+              kv_cache_memory_bytes=2**29, gpu_memory_utilization=0.1,
+              worker_extension_cls="loadtest.engine.MeasuredWorker",
               additional_config={"focus": {"adapter": sys.argv[2]}}, enable_prefix_caching=False)
     text = open("focus_vllm/adapter.py").read() + open("focus_vllm/reference.py").read()
     tokens = (llm.get_tokenizer().encode(text) * 4)[:6000]
