@@ -30,6 +30,7 @@ CONFIG_HELP = {
 SETTINGS_HELP = {
     "objective": "what gates far pairs: log-gate, paper, or mass, which needs no backward pass",
     "mass_weight": "times the loss of mass that is added to another objective's",
+    "balance_weight": "times the unevenness of groups within single sequences that is added to the loss",
     "target": "what predictions are compared with: the text, or the dense model's own",
     "steps": "optimiser steps",
     "minutes": "stop after so long at the latest; 0: no limit",

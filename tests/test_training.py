@@ -412,6 +412,17 @@ def test_calibrated_potentials_give_each_token_alone_the_groups_of_training(own)
         assert queries is None
 
 
+def test_imbalance_is_of_single_sequences_though_the_batch_is_balanced():
+    gate, _ = small_gate(LogGate, length=400)
+    mixed = torch.eye(4).repeat(100, 1)  # every group in turn
+    apart = torch.eye(4)[torch.arange(400) // 200]  # two groups
+    for rows, wanted in (([mixed, mixed], 0.0), ([apart, apart.roll(2, dims=1)], 1.0)):
+        gate.scores = 50 * torch.stack(rows)
+        keys = gate.memberships()[1]
+        torch.testing.assert_close(keys.mean(dim=(0, 1)), torch.full((4,), 0.25), rtol=1e-3, atol=1e-3)
+        assert gate.imbalance.item() == pytest.approx(wanted, abs=0.01)
+
+
 def test_mass_objective_is_the_log_of_the_attention_that_the_gate_keeps():
     gate, (query, key, value) = small_gate(MassGate, top_k=2)
     output = gate.attend(query, key, value, 0.3, 0.0)
@@ -603,6 +614,7 @@ def test_every_objective_moves_the_centroids_of_every_family(family, objective):
         {"objective": "mass"},
         {"objective": "paper"},
         {"mass_weight": 1.0},
+        {"objective": "mass", "balance_weight": 1.0},
         {"objective": "paper", "target": "dense", "init": "kmeans", "train_top_k": 2, "accumulate": 2},
     ],
     ids=str,
@@ -626,16 +638,17 @@ def test_dense_target_costs_nothing_when_everything_is_near():
         )
 
 
-def test_mass_weight_adds_the_mass_that_the_gates_lose():
+@pytest.mark.parametrize(("weight", "what"), [("mass_weight", "loss"), ("balance_weight", "imbalance")])
+def test_weights_add_what_the_gates_lose(weight, what):
     model = tiny_model()
-    settings = dataclasses.replace(SETTINGS, mass_weight=0.5)
-    gates = trainer.new_gates(model, CONFIG, settings)
-    plain, batch = dataclasses.replace(settings, mass_weight=0.0), random_tokens(2, 49)
+    plain = dataclasses.replace(SETTINGS, mass_weight=1e-9)  # measured, and as good as not added
+    settings = dataclasses.replace(plain, **{weight: 0.5})
+    gates, batch = trainer.new_gates(model, CONFIG, settings), random_tokens(2, 49)
     with attach_layers(model, gates):
         without, loss = (trainer._loss(model, batch, gates, each).item() for each in (plain, settings))
-    mass = sum(gate.loss.item() for gate in gates.values()) / len(gates)
-    assert loss == pytest.approx(without + 0.5 * mass)
-    assert mass > 0.01
+    added = sum(getattr(gate, what).item() for gate in gates.values()) / len(gates)
+    assert loss == pytest.approx(without + 0.5 * added)
+    assert added > 0.01
 
 
 def test_every_step_begins_with_the_potentials_of_the_one_before():
@@ -915,6 +928,20 @@ def test_loss_that_is_not_finite_stops_the_run(monkeypatch):
     monkeypatch.setattr(trainer, "_loss", lambda *given: loss(*given) * float("nan"))
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
         run(tiny_model())
+
+
+def test_calibration_reads_all_parts_of_the_text(monkeypatch):
+    model, seen = tiny_model(), []
+    gates = trainer.new_gates(model, CONFIG, SETTINGS)
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **given: (seen.append(given["input_ids"]), forward(**given))[1]
+    )
+    trainer.calibrate(model, torch.arange(4800) % 50, gates, SETTINGS)
+    rows = torch.cat(seen)
+    assert rows.shape == (10, 48)
+    starts = torch.linspace(0, 4752, 10).long() % 50
+    torch.testing.assert_close(rows[:, 0], starts)
 
 
 def test_calibrated_potentials_balance_the_groups():

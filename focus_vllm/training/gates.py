@@ -51,6 +51,10 @@ class Gate(abc.ABC):
     """Of the last batch, divided by the temperature: `[batch, num_tokens, num_groups]`, float32."""
     query_scores: torch.Tensor | None = None
     """Likewise, with the queries' own centroids; None without."""
+    imbalance: torch.Tensor | None = None
+    """Of the last batch: how unevenly the groups share single sequences' keys, a scalar; 0 is evenly.
+
+    Sinkhorn balances the batch, in which a group may hold all sequences of one kind, whole."""
     found: torch.Tensor | None = None
     """Sinkhorn's column potentials of the last batch, `[num_groups]`, float32."""
     start: torch.Tensor = dataclasses.field(init=False)
@@ -145,6 +149,8 @@ class Gate(abc.ABC):
         scores = _centred(self.scores.flatten(0, 1))
         keys, potential = sinkhorn(scores, self.sinkhorn_iterations, self.start)
         self.found = potential.detach()
+        shares = keys.view_as(self.scores).mean(dim=1)
+        self.imbalance = len(potential) * shares.square().sum(dim=-1).mean() - 1
         scores = scores + potential
         if self.query_scores is not None and self.query_potential is not None:
             # Nothing balances queries: with balanced keys, the far pairs kept do not depend on them.

@@ -27,6 +27,8 @@ class TrainSettings:
     pass through the model."""
     mass_weight: float = 0.0
     """Times the loss of `mass` that is added to another objective's."""
+    balance_weight: float = 0.0
+    """Times the unevenness of groups within single sequences (`Gate.imbalance`) that is added to the loss."""
     target: str = "text"
     """What the model's predictions are compared with: the `text`, or its own `dense` ones (distillation)."""
     steps: int = 300
@@ -80,6 +82,7 @@ class TrainSettings:
             "copy_spans": 0,
             "key_values": 0,
             "mass_weight": 0,
+            "balance_weight": 0,
             "text_tokens": 1,
             "calibration_tokens": 1,
         }

@@ -323,7 +323,7 @@ def _loss(
     if settings.objective == "mass":
         with precision:
             model(input_ids=batch[:, :-1], use_cache=False, logits_to_keep=1)
-        return _lost_mass(gates)
+        return _lost_mass(gates) + _unevenness(gates, settings)
     if settings.target == "dense":
         for gate in gates.values():
             gate.dense = True
@@ -333,17 +333,26 @@ def _loss(
             gate.dense = False
     with precision:
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits.flatten(0, 1).float()
-    mass = settings.mass_weight * _lost_mass(gates) if settings.mass_weight and gates else 0.0
+    more = _unevenness(gates, settings)
+    if settings.mass_weight and gates:
+        more = more + settings.mass_weight * _lost_mass(gates)
     if settings.target == "text":
-        return functional.cross_entropy(logits, batch[:, 1:].flatten()) + mass
+        return functional.cross_entropy(logits, batch[:, 1:].flatten()) + more
     wanted = dense.flatten(0, 1).float().log_softmax(dim=-1)
     return (
-        functional.kl_div(logits.log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True) + mass
+        functional.kl_div(logits.log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True) + more
     )
 
 
 def _lost_mass(gates: Mapping[int, Gate]) -> torch.Tensor:
     return torch.stack([gate.loss for gate in gates.values() if gate.loss is not None]).mean()
+
+
+def _unevenness(gates: Mapping[int, Gate], settings: TrainSettings) -> torch.Tensor | float:
+    if not settings.balance_weight or not gates:
+        return 0.0
+    found = [gate.imbalance for gate in gates.values() if gate.imbalance is not None]
+    return settings.balance_weight * torch.stack(found).mean()
 
 
 @torch.no_grad()
@@ -373,15 +382,18 @@ def _summary(log_dir: Path | None) -> Iterator[Any]:
 def calibrate(
     model: PreTrainedModel, tokens: torch.Tensor, gates: Mapping[int, Gate], settings: TrainSettings
 ) -> tuple[dict[int, Potentials], dict[int, float]]:
-    """Find each layer's column potentials: Sinkhorn's fixed point on the text's last `calibration_tokens`.
+    """Find each layer's column potentials: Sinkhorn's fixed point on `calibration_tokens` of all the text.
+
+    They come from sequences spread evenly over it, for a part of it would be of one kind.
 
     Returns:
         By layer, the potentials and the balance: the share of those tokens that are in the largest group
         when each is in its best one (1 / num_groups is ideal).
     """
     seq_len = settings.seq_len
-    sample = tokens[-max(settings.calibration_tokens, seq_len) :]
-    sample = sample[: len(sample) // seq_len * seq_len].view(-1, seq_len)
+    count = max(min(settings.calibration_tokens, len(tokens)) // seq_len, 1)
+    starts = torch.linspace(0, len(tokens) - seq_len, count).long()
+    sample = tokens[starts[:, None] + torch.arange(seq_len)]
     scores: dict[int, list[torch.Tensor]] = {index: [] for index in gates}
     query_scores: dict[int, list[torch.Tensor]] = {index: [] for index in gates}
     device = next(model.parameters()).device
