@@ -151,10 +151,19 @@ def _adapter(
         "train_window": 512,
         "sharpen": 2.0,
         "mass_weight": 1.0,
+        "balance_weight": 1.0,
+        "train_top_k": 2,
         **changes,
     }
     serve = [{"top_k": top_k, "window": window} for window in windows for top_k in top_ks]
-    config = {"num_groups": num_groups, "window": windows[0], "top_k": top_ks[0], "dense_below": 0, **own}
+    config = {
+        "num_groups": num_groups,
+        "group_dim": 32,
+        "window": windows[0],
+        "top_k": top_ks[0],
+        "dense_below": 0,
+        **own,
+    }
     return {"kind": "adapter", "name": name, "config": config, "settings": settings, "serve": serve}
 
 
@@ -183,12 +192,14 @@ def _ideas() -> Iterator[Unit]:
     """Each differs from the frontier's settings in what its name says, to choose better ones."""
     changes: dict[str, dict[str, Any]] = {
         "nothing": {},
+        "balance 0": {"balance_weight": 0.0},
+        "balance 0.2": {"balance_weight": 0.2},
         "lr 0.001": {"lr": 0.001},
-        "mass 0": {"mass_weight": 0.0},
         "shared": {"queries": "shared"},
-        "lr 0.001, shared": {"lr": 0.001, "queries": "shared"},
-        "train_top_k 2": {"train_top_k": 2},
-        "4096 tokens, train window 1024": {"seq_len": 4096, "batch_size": 1, "train_window": 1024},
+        "16 dimensions": {"group_dim": 16},
+        "train_top_k 1": {"train_top_k": 1},
+        "4096 tokens, train window 1024": {"seq_len": 4096, "batch_size": 2, "train_window": 1024},
+        "mass 0": {"mass_weight": 0.0},
         "sharpen 4": {"sharpen": 4.0},
         "dense target": {"target": "dense"},
         "copy_spans 4": {"copy_spans": 4},
@@ -203,28 +214,23 @@ def _ablations() -> Iterator[Unit]:
     """One setting at a time, K=16, window 1024."""
     cheap: dict[str, Any] = {"steps": 300}
     window = (1024,)
+    yield _adapter("K=16", 16, (2, 4), window, **cheap)
+    yield _adapter("K=16 shared", 16, (2, 4), window, queries="shared", **cheap)
     for objective in ("mass", "paper"):
         alone = {**cheap, "objective": objective, "mass_weight": 0.0}
         yield _adapter(f"objective {objective}", 16, (2, 4), window, **alone)
         yield _adapter(f"objective {objective} shared", 16, (2, 4), window, queries="shared", **alone)
-    for group_dim in (4, 8, 32, 64):
+    for group_dim in (4, 8, 16, 64):
         yield _adapter(f"d_g={group_dim}", 16, (2, 4), window, group_dim=group_dim, **cheap)
     for tau in (0.05, 0.3, 1.0):
         yield _adapter(f"tau={tau}", 16, (2, 4), window, temperature=tau, **cheap)
     for iterations in (0, 1, 3, 20):
-        yield _adapter(f"sinkhorn={iterations}", 16, (2, 4), window, sinkhorn=iterations, **cheap)
-        yield _adapter(
-            f"sinkhorn={iterations} shared",
-            16,
-            (2, 4),
-            window,
-            sinkhorn=iterations,
-            queries="shared",
-            **cheap,
-        )
+        alone = {**cheap, "sinkhorn": iterations, "balance_weight": 0.0}
+        yield _adapter(f"sinkhorn={iterations}", 16, (2, 4), window, **alone)
+        yield _adapter(f"sinkhorn={iterations} shared", 16, (2, 4), window, queries="shared", **alone)
     yield _adapter("K=8", 8, (1, 2), (1024,), **cheap)
-    yield _adapter("K=16 shared, 400 steps", 16, (2, 4), window, queries="shared")
-    paper = _adapter("K=4, the paper's", 4, (1,), (128,), queries="shared", copy_spans=0, **cheap)
+    own = {"group_dim": 16, "train_top_k": 1, "mass_weight": 0.0, "balance_weight": 0.0, "copy_spans": 0}
+    paper = _adapter("K=4, the paper's", 4, (1,), (128,), queries="shared", **own, **cheap)
     yield {**paper, "serve": [{"top_k": k, "key_k": k} for k in (1, 2, 3)]}
     yield _adapter("key_k=2", 16, (2,), window, key_k=2, queries="shared", **cheap)
 
