@@ -29,7 +29,7 @@ CONFIG_HELP = {
 }
 SETTINGS_HELP = {
     "objective": "what gates far pairs: log-gate, paper, or mass, which needs no backward pass",
-    "mass_weight": "times the loss of mass that is added to another objective's",
+    "mass_weight": "times the loss of mass that is added to another objective's (default: 1 for log-gate)",
     "balance_weight": "times the unevenness of groups within single sequences that is added to the loss",
     "target": "what predictions are compared with: the text, or the dense model's own",
     "steps": "optimiser steps",
@@ -45,7 +45,7 @@ SETTINGS_HELP = {
     "sinkhorn": "iterations that balance the groups; 0: softmax, to see them collapse",
     "queries": "own: queries have centroids of their own; shared: those of keys, as in the paper",
     "sharpen": "scores grow by this factor in training, so that groups end as hard as they are served",
-    "train_top_k": "groups that a query attends to while training",
+    "train_top_k": "groups that a query attends to while training; default: --top-k",
     "train_window": "window while training; default: --window",
     "copy_spans": "spans per sequence that repeat earlier text, which teaches retrieval",
     "key_values": "keys per sequence that come back with their value",
@@ -122,6 +122,8 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         "--centroid-steps", type=int, default=0, metavar="STEPS", help="first phase: centroids alone"
     )
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights")
+    # Weights learn from the text as it is.
+    parser.set_defaults(copy_spans=0, mass_weight=0.0)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -206,11 +208,10 @@ def _add_held_out(parser: argparse.ArgumentParser, required: bool = True) -> Non
 
 
 def _add_fields(group: Any, cls: type, helps: dict[str, str]) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, text in helps.items():
-        default = defaults[name]
-        kind = int if default is None else type(default)
-        flag = f"--{name.replace('_', '-')}"
+        kind = {"int": int, "float": float, "str": str}[fields[name].type.split(" | ")[0]]
+        flag, default = f"--{name.replace('_', '-')}", fields[name].default
         group.add_argument(flag, type=kind, default=default, choices=CHOICES.get(name), help=text)
 
 

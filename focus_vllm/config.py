@@ -18,7 +18,7 @@ class FocusConfig:
 
     num_groups: int = 8
     """K: centroids, and so groups, per layer."""
-    group_dim: int = 16
+    group_dim: int = 32
     """d_g: width of the space in which hidden states are compared with centroids."""
     key_k: int = 1
     """Groups that a token belongs to when others attend to it."""

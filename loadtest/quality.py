@@ -238,7 +238,8 @@ def _ablations() -> Iterator[Unit]:
 def _claims() -> Iterator[Unit]:
     """The paper's sections on fine-tuning, training from scratch and LoRA, at a small scale."""
     config = {"num_groups": 4, "window": 128, "top_k": 2, "key_k": 2, "dense_below": 0}
-    settings = {"steps": 400, "batch_size": 4, "seq_len": 2048, "queries": "shared"}
+    plain = {"copy_spans": 0, "mass_weight": 0.0, "sharpen": 1.0}
+    settings = {"steps": 400, "batch_size": 4, "seq_len": 2048, "queries": "shared", **plain}
     yield {"kind": "books-only", "name": "focus on books", "config": config, "settings": settings}
     yield {"kind": "lora", "name": "lora on books", "settings": settings}
     for centroid_steps in (0, 200):
@@ -264,7 +265,7 @@ def _smoke() -> Iterator[Unit]:
     tuned = _adapter("tuned", 4, (1, 2), (32, 64), steps=1, batch_size=1, seq_len=512, train_window=32)
     yield {**tuned, "kind": "tuned", "keys": [WHOLE // 3]}
     config = {"num_groups": 4, "window": 32, "top_k": 2, "dense_below": 0}
-    settings = {"steps": 2, "batch_size": 1, "seq_len": 256}
+    settings = {"steps": 2, "batch_size": 1, "seq_len": 256, "copy_spans": 0}
     yield {"kind": "yardsticks", "name": "random and oracle", "config": config}
     more = {"centroid_steps": 1, "weights_lr": 1e-5}
     yield {"kind": "finetune", "name": "finetune", "config": config, "settings": settings, **more}

@@ -32,8 +32,8 @@ def adapter():
     generator = torch.Generator().manual_seed(0)
     layers = {
         index: Router(
-            torch.randn(24, 16, generator=generator),
-            torch.randn(8, 16, generator=generator),
+            torch.randn(24, 32, generator=generator),
+            torch.randn(8, 32, generator=generator),
             torch.randn(8, generator=generator),
         )
         for index in (0, 2)
@@ -206,14 +206,14 @@ def test_metadata_that_is_not_understood_is_refused(path, metadata, reason):
         ({"layers.x.potential": torch.zeros(8)}, "unknown tensor 'layers.x.potential'"),
         ({"layers.0.potential": None}, "missing tensor 'layers.0.potential'"),
         (
-            {"layers.0.centroids": torch.zeros(4, 16)},
-            "layers.0.centroids has shape [4, 16], expected [8, 16]",
+            {"layers.0.centroids": torch.zeros(4, 32)},
+            "layers.0.centroids has shape [4, 32], expected [8, 32]",
         ),
         (
             {"layers.2.potential": torch.full((8,), float("nan"))},
             "layers.2.potential (torch.float32) is not all",
         ),
-        ({"layers.2.projection": torch.full((24, 16), float("inf"))}, "layers.2.projection"),
+        ({"layers.2.projection": torch.full((24, 32), float("inf"))}, "layers.2.projection"),
         ({"layers.2.potential": torch.zeros(8, dtype=torch.int64)}, "layers.2.potential (torch.int64)"),
     ],
 )
@@ -223,7 +223,7 @@ def test_wrong_tensor_is_refused(path, tensors, reason):
 
 
 def test_layer_that_does_not_exist_or_is_dense_is_refused(path):
-    shapes = {"projection": (24, 16), "centroids": (8, 16), "potential": (8,)}
+    shapes = {"projection": (24, 32), "centroids": (8, 32), "potential": (8,)}
     names = {f"layers.{index}.{part}": shape for index in (1, 3) for part, shape in shapes.items()}
     rewrite(path, tensors={name: torch.zeros(shape) for name, shape in names.items()})
     assert refusal(path).reasons == [

@@ -51,6 +51,7 @@ def train_words(workplace, out, *more):
         "--seq-len": 64,
         "--window": 8,
         "--calibration-tokens": 256,
+        "--copy-spans": 0,
         "--num-groups": 4,
     }
     return ["train", *(str(word) for pair in settings.items() for word in pair), *more]
@@ -109,7 +110,7 @@ def test_inspect_prints_what_the_adapter_is(adapter, capsys):
     printed = capsys.readouterr().out
     for part in (
         "tiny-llama (llama, 2 layers x 32",
-        "648 parameters",
+        "1,288 parameters",
         "top_k",
         "balance",
         "log-gate",

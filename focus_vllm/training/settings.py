@@ -25,20 +25,20 @@ class TrainSettings:
     objective: str = "log-gate"
     """What gates far pairs in training (docs/training.md): `log-gate`, `paper`, or `mass` without a backward
     pass through the model."""
-    mass_weight: float = 0.0
-    """Times the loss of `mass` that is added to another objective's."""
+    mass_weight: float | None = None
+    """Times the loss of `mass` that is added to another objective's; None is 1 for `log-gate`, else 0."""
     balance_weight: float = 0.0
     """Times the unevenness of groups within single sequences (`Gate.imbalance`) that is added to the loss."""
     target: str = "text"
     """What the model's predictions are compared with: the `text`, or its own `dense` ones (distillation)."""
-    steps: int = 300
+    steps: int = 600
     minutes: float = 0.0
     """Stop after so long if the steps take longer, the learning rate falling accordingly; 0 is no limit."""
     batch_size: int = 4
     """Sequences per forward pass."""
     accumulate: int = 1
     """Forward passes whose gradients are added up for one step."""
-    seq_len: int = 1024
+    seq_len: int = 2048
     """Tokens per sequence."""
     lr: float = 3e-3
     """AdamW's learning rate at the start; better than 1e-2 and 3e-2 on demo-10m (docs/training.md)."""
@@ -53,13 +53,13 @@ class TrainSettings:
     """Iterations that balance the groups; with 0 the assignment is a softmax, and they collapse."""
     queries: str = "own"
     """Queries choose groups by centroids of their `own`, or by the keys' (`shared`, as in the paper)."""
-    sharpen: float = 1.0
+    sharpen: float = 2.0
     """Scores are multiplied by a factor that grows from 1 to this, so that soft groups end as hard ones."""
-    train_top_k: int = 1
-    """Groups that a query attends to while training."""
+    train_top_k: int | None = None
+    """Groups that a query attends to while training; None takes the adapter's `top_k`."""
     train_window: int | None = None
     """Window while training, in tokens; None takes the adapter's."""
-    copy_spans: int = 0
+    copy_spans: int = 8
     """Spans per sequence that repeat earlier text."""
     key_values: int = 0
     """Keys per sequence that come back, with the value that followed them."""
@@ -69,6 +69,8 @@ class TrainSettings:
     """Text on which the potentials are calibrated."""
 
     def __post_init__(self) -> None:
+        if self.mass_weight is None:
+            object.__setattr__(self, "mass_weight", float(self.objective == "log-gate"))
         at_least = {
             "steps": 1,
             "minutes": 0,
@@ -78,7 +80,6 @@ class TrainSettings:
             "seed": 0,
             "sinkhorn": 0,
             "sharpen": 1,
-            "train_top_k": 1,
             "copy_spans": 0,
             "key_values": 0,
             "mass_weight": 0,
@@ -91,8 +92,9 @@ class TrainSettings:
             for name, low in at_least.items()
             if getattr(self, name) < low
         ]
-        if self.train_window is not None and self.train_window < 0:
-            reasons.append(f"train_window ({self.train_window}) must be >= 0")
+        for name, low in (("train_window", 0), ("train_top_k", 1)):
+            if (value := getattr(self, name)) is not None and value < low:
+                reasons.append(f"{name} ({value}) must be >= {low}")
         if self.mass_weight and self.objective == "mass":
             reasons.append(f"mass_weight ({self.mass_weight}) is for other objectives: 'mass' is that alone")
         if not self.lr > 0:

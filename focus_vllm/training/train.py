@@ -131,9 +131,9 @@ def new_gates(model: PreTrainedModel, config: FocusConfig, settings: TrainSettin
             projection.to(device).requires_grad_(),
             centroids.to(device).requires_grad_(),
             *_query_parts(centroids.to(device), settings),
-            top_k=settings.train_top_k,
+            top_k=settings.train_top_k or config.top_k,
             sinkhorn_iterations=settings.sinkhorn,
-            measures_mass=settings.mass_weight > 0,
+            measures_mass=bool(settings.mass_weight),
         )
     return gates
 
