@@ -41,6 +41,9 @@ def workplace(tmp_path_factory):
     return folder
 
 
+OPTIONS = ("--dense-layers", "0", "--top-k", "2", "--seed", "7", "--mass-weight", "0.5")
+
+
 def train_words(workplace, out, *more):
     settings = {
         "--model": workplace / "tiny-llama",
@@ -60,7 +63,7 @@ def train_words(workplace, out, *more):
 @pytest.fixture(scope="module")
 def adapter(workplace):
     out = workplace / "made" / "focus.safetensors"
-    assert main(train_words(workplace, out, "--dense-layers", "0", "--top-k", "2", "--seed", "7")) == 0
+    assert main(train_words(workplace, out, *OPTIONS)) == 0
     return out
 
 
@@ -71,6 +74,7 @@ def test_train_writes_an_adapter_that_says_how_it_was_made(workplace, adapter):
     assert list(made.layers) == [1]
     assert made.base_model.name == "tiny-llama"
     record = made.training
+    assert record["mass_weight"] == 0.5
     assert (record["objective"], record["steps"], record["batch_size"], record["seed"]) == (
         "log-gate",
         4,
@@ -93,13 +97,12 @@ def test_resume_goes_on_from_the_checkpoint(workplace, adapter, tmp_path, monkey
 
     calibrate = trainer.calibrate
     monkeypatch.setattr(trainer, "calibrate", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
-    again = ["--dense-layers", "0", "--top-k", "2", "--seed", "7"]
     out = tmp_path / "focus.safetensors"
-    assert main(train_words(workplace, out, *again, "--checkpoint-every", "2")) == 130
+    assert main(train_words(workplace, out, *OPTIONS, "--checkpoint-every", "2")) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["focus.safetensors.checkpoint"]
     monkeypatch.setattr(trainer, "calibrate", calibrate)
     capsys.readouterr()
-    assert main(train_words(workplace, out, *again, "--resume")) == 0
+    assert main(train_words(workplace, out, *OPTIONS, "--resume")) == 0
     assert "100%" in capsys.readouterr().err
     assert torch.equal(load_adapter(out).layers[1].projection, load_adapter(adapter).layers[1].projection)
     assert [path.name for path in tmp_path.iterdir()] == ["focus.safetensors"]

@@ -641,6 +641,15 @@ def test_dense_target_costs_nothing_when_everything_is_near():
         )
 
 
+def test_defaults_follow_the_adapter_and_the_objective():
+    config = dataclasses.replace(CONFIG, top_k=3)
+    for given, wanted in ((None, 3), (2, 2)):
+        gates = trainer.new_gates(tiny_model(), config, dataclasses.replace(SETTINGS, train_top_k=given))
+        assert {gate.top_k for gate in gates.values()} == {wanted}
+    weights = {name: TrainSettings(objective=name).mass_weight for name in ("log-gate", "paper", "mass")}
+    assert weights == {"log-gate": 1.0, "paper": 0.0, "mass": 0.0}
+
+
 @pytest.mark.parametrize(("weight", "what"), [("mass_weight", "loss"), ("balance_weight", "imbalance")])
 def test_weights_add_what_the_gates_lose(weight, what):
     model = tiny_model()

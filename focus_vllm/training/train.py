@@ -392,7 +392,7 @@ def calibrate(
     """
     seq_len = settings.seq_len
     count = max(min(settings.calibration_tokens, len(tokens)) // seq_len, 1)
-    starts = torch.linspace(0, len(tokens) - seq_len, count).long()
+    starts = torch.linspace(0, len(tokens) - seq_len, count, dtype=torch.float64).long()
     sample = tokens[starts[:, None] + torch.arange(seq_len)]
     scores: dict[int, list[torch.Tensor]] = {index: [] for index in gates}
     query_scores: dict[int, list[torch.Tensor]] = {index: [] for index in gates}
