@@ -171,6 +171,20 @@ def test_batch_of_decodes_and_dense_and_routed_chunks_follows_the_definition(bac
 
 
 @pytest.mark.usefixtures("stand_ins")
+def test_quantized_output_is_refused_before_anything_is_written(backend):
+    batch = batch_of(settings("1/1", dense_below=100), **LENGTHS)
+    slots = new_slots(batch)
+    impl = layer_of(backend, batch, slots)
+    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity())
+    stored, out = batch.store.clone(), torch.zeros_like(batch.query)
+    for scales in ({"output_scale": torch.ones(1)}, {"output_block_scale": torch.ones(1)}):
+        with pytest.raises(NotImplementedError, match="does not quantize attention's output"):
+            impl.forward(None, batch.query, None, None, batch.cache.transpose(1, 2), metadata, out, **scales)
+    assert torch.equal(batch.store, stored)
+    assert not out.any()
+
+
+@pytest.mark.usefixtures("stand_ins")
 def test_layer_with_query_centroids_follows_the_definition(backend):
     batch = batch_of(SeparateQueries.of(settings("1/1", dense_below=100)), **LENGTHS)
     out, counts = forward(backend, batch)

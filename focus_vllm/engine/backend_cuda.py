@@ -356,7 +356,15 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As vLLM's; see `FlashAttentionImpl.forward` for shapes."""
+        """As vLLM's; see `FlashAttentionImpl.forward` for shapes.
+
+        Raises:
+            NotImplementedError: The output is to be quantized, which vLLM's own FlashAttention refuses alike.
+                vLLM does not ask for it where `fused_output_quant_supported` says no, as here; without
+                this check the output would be wrong in silence if it did.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("Focus does not quantize attention's output: turn that fusion off")
         if self.focus is not None and attn_metadata is None and not self.reserved:
             self._reserve(layer, query, output)
             self.reserved = True
@@ -366,10 +374,6 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
             return stock
-        if output_scale is not None or output_block_scale is not None:
-            # vLLM asks `fused_output_quant_supported` first, which says no. Without this, were it not to
-            # ask, outputs would be wrong in silence.
-            raise NotImplementedError("Focus does not quantize attention's output: turn that fusion off")
         num_tokens = attn_metadata.num_actual_tokens
         self._forward_focus(
             layer,
