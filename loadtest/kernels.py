@@ -8,7 +8,8 @@ The Focus side is everything a layer adds or replaces: routing, group store, lis
 near part, merge and counters. Both sides run in this process on the same tensors. A case is not reported
 unless its output agrees with the definition in float32: its relative error may be at most 1.5 times that of
 stock FlashAttention against dense attention. "decode+qkv" puts the layer's QKV projection on both sides,
-beside which a model routes. The file is written after every case, and cases that it has are not run again.
+beside which a model routes and lists. The file is written after every case, and cases that it has are not run
+again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -219,12 +220,21 @@ class Layer:
         config, routed = self.case.config, self.routed
         route_into(self.hidden, self.weight, self.bias, routed[0], routed[1], config.key_k, config.top_k)
 
+    def _list(self) -> None:
+        scratch = self.decode_scratch
+        build_decode_lists(
+            self.slot_mapping, self.new_groups, self.batch.store, self.batch.query_groups,
+            self.paged.block_table, self.paged.block_size, self.seq_lens, self.case.config, scratch.progress,
+            scratch.lists, scratch.list_lens, self.totals,
+        )  # fmt: skip
+
     def focus(self) -> None:
         """Run everything that a routed layer does."""
         batch, config = self.batch, self.case.config
         if self.projection is not None:
             with beside(self.hidden.device):
                 self._route()
+                self._list()
             torch.mm(self.hidden, self.projection, out=self.projected)
             rejoin(self.hidden.device)
         elif config.dense_below < self.case.context:
@@ -233,6 +243,7 @@ class Layer:
             decode_attention(
                 self.attention, batch.query, self.out, self.slot_mapping, self.new_groups, batch.query_groups,
                 batch.store, self.paged, self.seq_lens, config, self.decode_scratch, self.totals,
+                listed=self.projection is not None,
             )  # fmt: skip
             return
         if config.dense_below < self.case.context:

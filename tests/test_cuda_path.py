@@ -100,6 +100,7 @@ def layer_of(backend: Any, batch: PagedBatch, slots: torch.Tensor, **changes: An
     impl.num_kv_heads = batch.cache.shape[2]
     impl.scale, impl.logits_soft_cap, impl.kv_cache_dtype = impl.head_size**-0.5, 0, "auto"
     impl.vllm_flash_attn_version, impl.vllm_config, impl.capacity = 3, VLLM_CONFIG, None
+    impl.listed = None
     counts = AttentionCounts(totals=torch.zeros(4, dtype=torch.int64, device=DEVICE))
     key_groups = batch.store[slots]
     batch.store[slots] = 0
@@ -198,6 +199,47 @@ def test_batch_of_decodes_alone_follows_the_definition(backend):
     out, counts = forward(backend, batch)
     assert_matches_definition(batch, out, from_position=0)
     assert counts == pairs_by_phase(batch)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch):
+    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700, 101], query_lens=[1, 1, 1])
+    scratch: dict[Any, list[torch.Tensor]] = {}  # what is listed ahead is found again in the same memory
+
+    class KeptWorkspace(Workspace):
+        def get_simultaneous(self, *sizes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
+            return scratch.setdefault(sizes, super().get_simultaneous(*sizes))
+
+    monkeypatch.setattr(backend, "current_workspace_manager", KeptWorkspace)
+    slots = new_slots(batch)
+    impl = layer_of(backend, batch, slots)
+    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity())
+    impl.list_decodes(metadata)
+    assert impl.listed is None, "nobody knows yet how long a block is"
+    impl.focus.block_size = batch.cache.shape[1]
+    impl.list_decodes(metadata)
+    monkeypatch.setattr("focus_vllm.kernels.attention.build_decode_lists", None)
+    out = torch.full_like(batch.query, float("nan"))
+    impl.forward(None, batch.query, None, None, batch.cache.transpose(1, 2), metadata, out)
+    assert_matches_definition(batch, out, from_position=0)
+    assert pairs_by_phase(batch)["selected_tokens"] == impl.focus.counts.read()["selected_tokens"]
+    assert impl.listed is None
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_decodes_are_not_listed_ahead_beside_prefills_or_where_keys_are_copied(backend, monkeypatch):
+    batch = batch_of(settings("1/1", dense_below=100), **LENGTHS)
+    slots = new_slots(batch)
+    impl = layer_of(backend, batch, slots)
+    impl.focus.block_size = batch.cache.shape[1]
+    impl.list_decodes(metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity()))
+    assert impl.listed is None
+    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 1])
+    monkeypatch.setenv("FOCUS_GATHER", "1")
+    impl = layer_of(backend, batch, new_slots(batch))
+    impl.focus.block_size = batch.cache.shape[1]
+    impl.list_decodes(metadata_of(backend, batch, batch.config, new_slots(batch), impl.scratch_capacity()))
+    assert impl.listed is None
 
 
 def pairs_by_phase(batch: PagedBatch) -> dict[str, dict[str, int]]:

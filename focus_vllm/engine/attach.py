@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 from vllm.config import CompilationMode, VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
@@ -34,9 +36,22 @@ def _route_op(
 
         with beside(hidden.device):
             route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
+            if torch.cuda.is_current_stream_capturing():
+                _list_decodes(ATTENTIONS[weight.data_ptr()])
         return
     num_tokens = len(hidden)
     key_groups[:num_tokens], query_groups[:num_tokens] = route(hidden, weight, bias, key_k, top_k)
+
+
+ATTENTIONS: WeakValueDictionary[int, Attention] = WeakValueDictionary()
+"""Routed layers on a GPU, by the address of their router's weight: with a name among the operator's arguments
+torch.compile would compile every layer anew."""
+
+
+def _list_decodes(attention: Attention) -> None:
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, dict):  # None while the parts between attention layers are captured
+        attention.impl.list_decodes(metadata[attention.layer_name])  # type: ignore[attr-defined]
 
 
 def _route_fake(
@@ -126,6 +141,8 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
             weight = device_weight(weight, dtype)
         layers[index] = LayerFocus(config, weight, bias, key_groups, query_groups, counts)
         attentions[index].impl.focus = layers[index]  # type: ignore[attr-defined]
+        if weight.is_cuda:
+            ATTENTIONS[weight.data_ptr()] = attentions[index]
         _hook(projections[index], layers[index], eager)
     state = FocusState(
         adapter=str(settings.path),

@@ -46,7 +46,7 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
 from focus_vllm.kernels.near import GROUP_BITS, Cache, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
@@ -325,6 +325,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         self.vllm_config = get_current_vllm_config_or_none()
         self.capacity: Capacity | None = None
         self.reserved = False
+        self.listed: FocusBatch | None = None
 
     def do_kv_cache_update(
         self,
@@ -338,6 +339,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus, num_slots = self.focus, kv_cache.shape[0] * kv_cache.shape[2]
         if focus is None:
             return
+        focus.block_size = kv_cache.shape[2]
         if focus.store is None or len(focus.store) < num_slots:
             _eager_step_needed()
             self._new_store(focus, num_slots, kv_cache.device)
@@ -385,6 +387,36 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             output[:num_tokens],
         )
         return output
+
+    def list_decodes(self, metadata: FocusFlashAttentionMetadata) -> None:
+        """Build the lists of a batch of decodes ahead of `forward`, as soon as its tokens are routed.
+
+        Leaves other batches to `forward`, and lists that do not fit in the scratch buffer together.
+        """
+        focus, batch = self.focus, metadata.focus
+        if focus is None or focus.store is None or batch is None or batch.waves or batch.dense is not None:
+            return
+        assert self.vllm_config is not None
+        dtype, count = self.vllm_config.model_config.dtype, batch.num_decodes
+        assert isinstance(dtype, torch.dtype)
+        scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, dtype)
+        if gather is not None or count > len(scratch.lists) or not focus.block_size:
+            return
+        build_decode_lists(
+            metadata.slot_mapping,
+            focus.key_groups,
+            focus.store,
+            focus.query_groups,
+            metadata.block_table,
+            focus.block_size,
+            metadata.seq_lens,
+            batch.config,
+            scratch.progress,
+            scratch.lists,
+            scratch.list_lens[:count],
+            self._totals(focus),
+        )
+        self.listed = batch
 
     def _new_store(self, focus: LayerFocus, num_slots: int, device: torch.device) -> None:
         focus.store = torch.zeros(num_slots, dtype=focus.key_groups.dtype, device=device)
@@ -568,7 +600,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 batch.config,
                 scratch,
                 totals,
+                listed=self.listed is batch,
             )
+            self.listed = None
         if batch.dense is not None:
             pages = kv_cache.transpose(1, 2)
             self._attention(scores, metadata.max_num_splits, None)(

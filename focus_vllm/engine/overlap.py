@@ -1,8 +1,8 @@
 """Route, and list what decodes attend to, beside the QKV projection.
 
-Routing one token takes 7 us and one multiprocessor of an H200's 132; the projection of an 8B model takes
-longer. In a CUDA graph the two need not wait for each other: `beside` captures routing on a second stream and
-`rejoin` has the first wait for it.
+Routing one token takes 7 us and one multiprocessor of an H200's 132, its list a few more; the projection of
+an 8B model takes longer. In a CUDA graph they need not wait for each other: `beside` captures them on another
+stream and `rejoin` has the first wait for it.
 """
 
 from __future__ import annotations

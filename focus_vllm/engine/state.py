@@ -70,6 +70,8 @@ class LayerFocus:
     """`[num_slots]`: G of every cached token, at the slot of its key and value."""
     address: torch.Tensor | None = None
     """`[1, 2]`, int64, on a GPU: where `store` and `key_groups` begin."""
+    block_size: int = 0
+    """Slots per block, on a GPU, as soon as there is a cache."""
     deferred: DeferredRouting | None = None
     """Takes the tokens that can be routed later, on a CPU."""
     deferred_row: int = 0

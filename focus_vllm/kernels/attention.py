@@ -155,6 +155,7 @@ def decode_attention(
     config: FocusConfig,
     scratch: DecodeScratch,
     totals: torch.Tensor,
+    listed: bool = False,
 ) -> None:
     """Focus attention of one query per request; also stores the groups of its token.
 
@@ -171,26 +172,28 @@ def decode_attention(
         config: The mask's settings.
         scratch: Buffers.
         totals: As `prefill_attention`'s.
+        listed: The lists are in `scratch` already, which has room for all, and the groups are stored.
     """
     rows, max_model_len = scratch.lists.shape
     for start in range(0, len(query), rows):
         part = slice(start, min(start + rows, len(query)))
         count = part.stop - start
         list_lens = scratch.list_lens[:count]
-        build_decode_lists(
-            slot_mapping[part],
-            key_groups[part],
-            store,
-            query_groups[part],
-            cache.block_table[part],
-            cache.block_size,
-            seq_lens[part],
-            config,
-            scratch.progress,
-            scratch.lists[:count],
-            list_lens,
-            totals,
-        )
+        if not listed:
+            build_decode_lists(
+                slot_mapping[part],
+                key_groups[part],
+                store,
+                query_groups[part],
+                cache.block_table[part],
+                cache.block_size,
+                seq_lens[part],
+                config,
+                scratch.progress,
+                scratch.lists[:count],
+                list_lens,
+                totals,
+            )
         attention(
             query[part],
             cache.keys,
