@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from focus_vllm.adapter import Adapter, load_adapter, save_adapter
+from focus_vllm.reference import focus_mask
+from focus_vllm.routing import Router
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,8 +24,9 @@ DEMO = ROOT / "focus_vllm" / "demo"
 ALONE = [[500], [1900], [2500], [6000]]
 BATCH = [[6000, 2500, 1900, 500]]
 FORCED = 200
-# With one group per token the store holds the groups of queries too.
-FOCUS = {"adapter": str(DEMO / "focus.safetensors"), "top_k": 1}
+# With one group per token, and centroids that keys and queries share, the store holds queries' groups too.
+# Otherwise those are kept as each step leaves them, which graphs do without Python.
+FOCUS = {"adapter": "shared.safetensors", "top_k": 1}
 ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     "stock": (None, {"enable_prefix_caching": False}),
     "focus": (FOCUS, {"enable_prefix_caching": False}),
@@ -30,6 +36,9 @@ ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     # The prompts of the batch fill 683 of 690 blocks of 16 tokens; 40 tokens more of each do not fit.
     "preempted": (FOCUS, {"enable_prefix_caching": False, "num_gpu_blocks_override": 690}),
     "wide": ({**FOCUS, "window": 8192}, {"enable_prefix_caching": False}),
+    "own queries": (
+        {"adapter": str(DEMO / "focus.safetensors")}, {"enforce_eager": True, "enable_prefix_caching": False},
+    ),
 }  # fmt: skip
 RUN = """
 import json, os, sys
@@ -48,14 +57,32 @@ def main():
     layers = {}
     if focus:
         layers = core.model_executor.driver_worker.worker.model_runner.get_model().focus.layers
-    free, stored = core.scheduler.kv_cache_manager.free, []
+    free, stored, queries = core.scheduler.kv_cache_manager.free, [], {}
+
+    def keep_queries(index, impl):
+        forward = impl.forward
+        def forward_and_keep(*args, **more):
+            out, metadata = forward(*args, **more), args[5]
+            if metadata is not None:
+                kept = queries.setdefault(index, torch.zeros_like(impl.focus.store))
+                new = metadata.slot_mapping[:metadata.num_actual_tokens]
+                kept[new] = impl.focus.query_groups[:len(new)]
+            return out
+        impl.forward = forward_and_keep
+
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    for index, layer in layers.items() if arguments.get("enforce_eager") else ():
+        keep_queries(index, next(each.impl for each in context.values() if each.impl.focus is layer))
 
     def keep_and_free(request):
         blocks = core.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0]
         size = core.scheduler.block_size
         slots = torch.tensor([block * size + offset for block in blocks for offset in range(size)])
         slots = slots.cuda()[:min(request.num_computed_tokens, request.num_tokens - 1)]
-        stored.append({index: layer.store[slots].cpu() for index, layer in layers.items()})
+        stored.append({
+            index: (layer.store[slots].cpu(), queries.get(index, layer.store)[slots].cpu())
+            for index, layer in layers.items()
+        })
         free(request)
 
     core.scheduler.kv_cache_manager.free = keep_and_free
@@ -89,9 +116,13 @@ main()
 def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """All engines at once; what each generated, alone then in one batch."""
     folder = tmp_path_factory.mktemp("runs")
+    demo = load_adapter(DEMO / "focus.safetensors")
+    shared = {index: Router(*_of_keys(router)) for index, router in demo.layers.items()}
+    save_adapter(dataclasses.replace(demo, layers=shared), folder / "shared.safetensors")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     processes = {}
     for number, (name, (focus, arguments)) in enumerate(ENGINES.items()):
+        focus = focus and {**focus, "adapter": str(folder / focus["adapter"])}
         texts = [json.dumps(value) for value in (focus, arguments, ALONE + BATCH, FORCED)]
         log = (folder / f"{number}.log").open("w")
         command = [sys.executable, "-c", RUN, str(DEMO / "model"), str(folder / f"{number}.pt"), *texts]
@@ -108,6 +139,10 @@ def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
         for process in processes.values():
             process.kill()
     return results
+
+
+def _of_keys(router: Router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return router.projection, router.centroids, router.potential
 
 
 def texts_of(runs: dict[str, dict[str, Any]], name: str) -> tuple[list, list]:
@@ -144,58 +179,58 @@ def test_preempted_and_recomputed_requests_go_on_as_alone(runs):
             if token != expected_token:  # a near tie in bfloat16
                 break
             differences.append(value - expected_value)
-    assert len(differences) >= 100
+    assert len(differences) >= 40
     # bfloat16 alone puts stock vLLM 0.03 from float32; two such runs differ by 0.03 times the root of two.
     assert torch.tensor(differences).square().mean().sqrt() <= 0.05
 
 
-def reference_error(run: dict[str, Any], focus: bool) -> float:
-    """Root mean square difference of the engine's log-probabilities from the float32 reference's."""
+def log_probability_error(run: dict[str, Any], adapter: Adapter | None) -> float:
+    """Root mean square difference of the engine's log-probabilities from the float32 reference's, which takes
+    the engine's groups: in bfloat16 one token in a hundred is a near tie that falls the other way."""
     from transformers import AutoModelForCausalLM
 
-    from focus_vllm.adapter import load_adapter
-    from focus_vllm.config import FocusConfig
     from focus_vllm.training.hf import attach, prompt_logprobs
 
     result = run["result"]
     model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).cuda().eval()
-    ids = result["prompt"] + result["forced"][0]
-    adapter = load_adapter(DEMO / "focus.safetensors")
+    ids = (result["prompt"] + result["forced"][0])[:-1]  # the last token's key is never computed
     with torch.no_grad():
-        if focus:
-            config = FocusConfig.from_dict({**adapter.config.to_dict(), "top_k": 1})
-            # The last token's key is never computed.
-            groups = {index: (stored.cuda(), stored.cuda()) for index, stored in run["groups"].items()}
-            with attach(model, config, adapter.layers, groups):
-                expected = prompt_logprobs(model, ids[: len(ids) - 1])
+        if adapter is None:
+            expected = prompt_logprobs(model, ids)
         else:
-            expected = prompt_logprobs(model, ids[: len(ids) - 1])
+            groups = {
+                index: (keys.cuda(), queries.cuda()) for index, (keys, queries) in run["groups"].items()
+            }
+            with attach(model, adapter.config, adapter.layers, groups):
+                expected = prompt_logprobs(model, ids)
     got = torch.tensor(result["forced"][1][:-1])
     return (got - expected[-len(got) :]).square().mean().sqrt().item()
 
 
 def test_log_probabilities_of_200_tokens_after_6000_are_as_exact_as_those_of_stock_vllm(runs):
-    stock, focus = reference_error(runs["stock"], False), reference_error(runs["focus"], True)
-    print(f"root mean square difference: stock {stock:.2e}, Focus {focus:.2e}")  # noqa: T201
-    assert focus <= 1.5 * stock
+    demo = load_adapter(DEMO / "focus.safetensors")
+    one_group = dataclasses.replace(demo, config=dataclasses.replace(demo.config, top_k=1))
+    stock = log_probability_error(runs["stock"], None)
+    shared = log_probability_error(runs["focus"], one_group)
+    own = log_probability_error(runs["own queries"], demo)
+    print(f"root mean square difference: stock {stock:.2e}, shared {shared:.2e}, own queries {own:.2e}")  # noqa: T201
+    assert shared <= 1.5 * stock
+    assert own <= 1.5 * stock
 
 
-def test_counters_say_how_many_keys_were_read(runs):
-    from focus_vllm.adapter import load_adapter
-    from focus_vllm.config import FocusConfig
-    from focus_vllm.reference import focus_mask
-
-    run = runs["focus"]
-    config = load_adapter(DEMO / "focus.safetensors").config
-    config = FocusConfig.from_dict({**config.to_dict(), "top_k": 1})
+@pytest.mark.parametrize("name", ["focus", "own queries"])
+def test_counters_say_how_many_keys_were_read(runs, name):
+    run, config = runs[name], load_adapter(DEMO / "focus.safetensors").config
+    if name == "focus":
+        config = dataclasses.replace(config, top_k=FOCUS["top_k"])
     prompt, length = 6000, 6000 + FORCED - 1
     expected = {
         "candidate_tokens": {"prefill": 0, "decode": 0},
         "selected_tokens": {"prefill": 0, "decode": 0},
     }
-    for groups in run["groups"].values():
-        assert len(groups) == length
-        read = focus_mask(groups.cuda(), groups.cuda(), config).sum(dim=1)
+    for keys, queries in run["groups"].values():
+        assert len(keys) == len(queries) == length
+        read = focus_mask(queries.cuda(), keys.cuda(), config).sum(dim=1)
         expected["selected_tokens"]["prefill"] += int(read[:prompt].sum())
         expected["selected_tokens"]["decode"] += int(read[prompt:].sum())
         expected["candidate_tokens"]["prefill"] += prompt * (prompt + 1) // 2
