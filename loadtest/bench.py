@@ -211,12 +211,15 @@ def engine_tpot(row: dict[str, Any]) -> float:
 
 
 async def _run_all(target: Target, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    from vllm.benchmarks.serve import main_async
+    from vllm.benchmarks import serve
+    from vllm.tokenizers import cached_get_tokenizer
 
+    # Else it is loaded again for every cell, which takes seconds if it is large.
+    serve.get_tokenizer = cached_get_tokenizer  # type: ignore[attr-defined]
     logging.getLogger("vllm").setLevel(logging.ERROR)
     # Its report goes to stdout; the figures come back as well.
     with contextlib.redirect_stdout(io.StringIO()):
-        return list(await asyncio.gather(*(main_async(_arguments(target, cell)) for cell in cells)))
+        return list(await asyncio.gather(*(serve.main_async(_arguments(target, cell)) for cell in cells)))
 
 
 def _arguments(target: Target, cell: Cell) -> argparse.Namespace:

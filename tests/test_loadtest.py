@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -14,7 +15,7 @@ import pytest
 from loadtest import scenarios
 from loadtest.__main__ import RESULTS, _doubts, length, main
 from loadtest.advise import Measured, classify, read_trace
-from loadtest.bench import Cell
+from loadtest.bench import Cell, Target, _run_all
 from loadtest.capacity import SIDES, fit, scale
 from loadtest.charts import bars, lines, short
 from loadtest.parallel import differences
@@ -324,6 +325,24 @@ def test_a_cell_without_an_answer_is_a_problem_and_not_the_end(monkeypatch: pyte
     assert [cell.length for cell in cells] == [10, 1000]
     assert [cell.length for cell in left_out] == [100]
     assert problems == ["dense grid 100 x 1: answered no request: lost"]
+
+
+def test_a_tokenizer_is_loaded_once_for_all_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.benchmarks import serve
+
+    used = []
+
+    async def send(arguments: Any) -> dict[str, Any]:
+        used.append(serve.get_tokenizer(arguments.tokenizer))
+        return {}
+
+    monkeypatch.setattr(serve, "get_tokenizer", serve.get_tokenizer)  # is given back afterwards
+    monkeypatch.setattr(serve, "main_async", send)
+    target = Target("http://127.0.0.1:1", "demo", str(DEMO_FOLDER))
+    for cell in PLAN.grid(None)[:2]:
+        asyncio.run(_run_all(target, [cell]))
+    assert len(used) == 2
+    assert used[0] is used[1]
 
 
 def test_tokens_that_take_the_client_longer_than_the_engine_are_doubted() -> None:
