@@ -147,7 +147,6 @@ def _adapter(
         "steps": 800,
         "train_window": 512,
         "train_top_k": 2,
-        "balance_weight": 1.0,
         **changes,
     }
     serve = [{"top_k": top_k, "window": window} for window in windows for top_k in top_ks]
@@ -224,7 +223,7 @@ def _ablations() -> Iterator[Unit]:
 def _claims() -> Iterator[Unit]:
     """The paper's sections on fine-tuning, training from scratch and LoRA, at a small scale."""
     config = {"num_groups": 4, "group_dim": 16, "window": 128, "top_k": 2, "key_k": 2, "dense_below": 0}
-    plain = {"copy_spans": 0, "mass_weight": 0.0, "sharpen": 1.0, "train_top_k": 1}
+    plain = {"copy_spans": 0, "mass_weight": 0.0, "balance_weight": 0.0, "sharpen": 1.0, "train_top_k": 1}
     settings = {"steps": 200, "queries": "shared", **plain}
     yield {"kind": "books-only", "name": "focus on books", "config": config, "settings": settings}
     yield {"kind": "lora", "name": "lora on books", "settings": settings}

@@ -550,7 +550,7 @@ def test_planted_pairs_come_back_far_behind():
 
 SETTINGS = TrainSettings(
     steps=12, batch_size=2, seq_len=48, lr=0.03, calibration_tokens=480,
-    copy_spans=0, mass_weight=0.0, sharpen=1.0, train_top_k=1,
+    copy_spans=0, mass_weight=0.0, balance_weight=0.0, sharpen=1.0, train_top_k=1,
 )  # fmt: skip
 CONFIG = FocusConfig(num_groups=4, group_dim=8, window=2, sink=1, dense_below=8, dense_layers=(0,))
 

@@ -27,7 +27,7 @@ class TrainSettings:
     pass through the model."""
     mass_weight: float | None = None
     """Times the loss of `mass` that is added to another objective's; None is 1 for `log-gate`, else 0."""
-    balance_weight: float = 0.0
+    balance_weight: float = 1.0
     """Times the unevenness of groups within single sequences (`Gate.imbalance`) that is added to the loss."""
     target: str = "text"
     """What the model's predictions are compared with: the `text`, or its own `dense` ones (distillation)."""
