@@ -188,6 +188,7 @@ def _ideas() -> Iterator[Unit]:
         "dense target": {"target": "dense"},
         "copy_spans 4": {"copy_spans": 4},
         "kmeans": {"init": "kmeans"},
+        "no Sinkhorn": {"sinkhorn": 0},
         "key_values 4": {"key_values": 4},
     }
     for name, change in changes.items():

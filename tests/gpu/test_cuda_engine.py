@@ -180,8 +180,8 @@ def test_preempted_and_recomputed_requests_go_on_as_alone(runs):
                 break
             differences.append(value - expected_value)
     assert len(differences) >= 40
-    # bfloat16 alone puts stock vLLM 0.03 from float32; two such runs differ by 0.03 times the root of two, and
-    # groups at near ties may be other ones. On a CPU single differences reach 0.16.
+    # bfloat16 alone puts stock vLLM 0.03 from float32; two such runs differ by 0.03 times the root of two,
+    # and groups at near ties may be other ones. On a CPU single differences reach 0.16.
     assert torch.tensor(differences).square().mean().sqrt() <= 0.1
 
 
