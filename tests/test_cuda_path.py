@@ -242,6 +242,21 @@ def test_decodes_are_not_listed_ahead_beside_prefills_or_where_keys_are_copied(b
     assert impl.listed is None
 
 
+@pytest.mark.parametrize(("mode", "listed"), [("NONE", 1), ("FULL", 1), ("PIECEWISE", 0)])
+def test_lists_are_not_captured_in_graphs_without_attention(monkeypatch, mode, listed):
+    from focus_vllm.engine import attach
+
+    context = SimpleNamespace(
+        cudagraph_runtime_mode=attach.CUDAGraphMode[mode], attn_metadata={"layer": "metadata"}
+    )
+    monkeypatch.setattr(attach, "get_forward_context", lambda: context)
+    found: list[str] = []
+    attach._list_decodes(SimpleNamespace(layer_name="layer", impl=SimpleNamespace(list_decodes=found.append)))
+    assert found == ["metadata"] * listed
+    context.attn_metadata = None  # the model runs without requests
+    attach._list_decodes(SimpleNamespace(layer_name="layer", impl=None))
+
+
 def pairs_by_phase(batch: PagedBatch) -> dict[str, dict[str, int]]:
     """(query, key) pairs by the definition, decodes being single queries."""
     counts = {name: {"prefill": 0, "decode": 0} for name in ("candidate_tokens", "selected_tokens")}

@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, RowParallelLinear
@@ -49,9 +49,10 @@ torch.compile would compile every layer anew."""
 
 
 def _list_decodes(attention: Attention) -> None:
-    metadata = get_forward_context().attn_metadata
-    if isinstance(metadata, dict):  # None while the parts between attention layers are captured
-        attention.impl.list_decodes(metadata[attention.layer_name])  # type: ignore[attr-defined]
+    context = get_forward_context()
+    # In piecewise graphs attention itself is not captured, and lists anew.
+    if context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE and isinstance(context.attn_metadata, dict):
+        attention.impl.list_decodes(context.attn_metadata[attention.layer_name])  # type: ignore[attr-defined]
 
 
 def _route_fake(
