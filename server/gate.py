@@ -220,15 +220,16 @@ class Gate:
         """Return the whole body, or None if the client left before it was complete."""
         most = int(self._settings.max_body_mb * 2**20)
         chunks: list[bytes] = []
-        size = 0
+        size, more = 0, True
         while max(size, declared) <= most:
+            if not more:
+                return b"".join(chunks)
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
-            if not message.get("more_body"):
-                return b"".join(chunks)
+            more = message.get("more_body", False)
         raise Refused(413, f"the body has over {self._settings.max_body_mb:g} MiB", "too_large")
 
     def _route(self, scope: Scope) -> str:

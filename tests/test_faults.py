@@ -97,7 +97,7 @@ def test_a_client_gone_in_prefill_frees_the_engine_and_counts_as_an_abort(
     until(lambda: idle(server) and value(server, "focus_requests_aborted_total", **labels) == before + 1, 2)
     # The engine has time for others, which it would not have had for the rest of 30,000 tokens.
     assert post(server.url, body(seed=10 + stream, tokens=1)).status_code == 200
-    assert time.monotonic() - left < 5
+    assert time.monotonic() - left < 10
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from stub_server import StubServer, stub_server
 
 from server.endpoints import FocusEndpointPlugin
+from server.gate import Gate, Refused
 from server.keys import make_key
 from server.launch import GATE
 
@@ -287,6 +289,17 @@ def test_a_request_past_its_first_token_is_no_longer_in_the_queue() -> None:
         assert server.app.state.traffic.active == 1
         assert post(server).status_code == 200
         slow.close()
+
+
+@pytest.mark.parametrize("sizes", [[2**20 + 1], [2**20, 1], [2**19, 2**19, 1]])
+def test_the_last_part_of_a_body_counts_too(sizes: list[int]) -> None:
+    async def receive() -> dict[str, Any]:
+        part = b"x" * sizes.pop(0)
+        return {"type": "http.request", "body": part, "more_body": bool(sizes)}
+
+    gate = SimpleNamespace(_settings=SimpleNamespace(max_body_mb=1))
+    with pytest.raises(Refused, match="the body has over 1 MiB"):
+        asyncio.run(Gate._read(gate, receive, declared=0))  # type: ignore[arg-type]
 
 
 def test_a_body_that_is_too_large_is_a_413(server: StubServer) -> None:

@@ -151,7 +151,7 @@ print(psutil.Process().memory_info().rss - before)
 """
 
 
-def test_what_vllm_compiles_for_every_number_of_tokens_takes_less_than_half_the_memory(
+def test_what_vllm_compiles_for_every_number_of_tokens_takes_less_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     grown = []
@@ -161,7 +161,7 @@ def test_what_vllm_compiles_for_every_number_of_tokens_takes_less_than_half_the_
             [sys.executable, "-c", MULTIPLY], env=environment, capture_output=True, check=True
         )
         grown.append(int(run.stdout.split()[-1]))
-    assert grown[0] < grown[1] / 2, grown
+    assert grown[0] < 0.7 * grown[1], grown  # a fifth of the products, and what they share
 
 
 def test_additional_config_of_the_user_is_kept_beside_focus(
