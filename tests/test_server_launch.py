@@ -140,18 +140,27 @@ def test_fewer_compiled_products_are_kept_unless_the_user_says_how_many(
 
 
 MULTIPLY = """
-import psutil, torch
+import ctypes, psutil, torch
 from vllm import _custom_ops as ops
+
+def memory():
+    ctypes.CDLL(None).malloc_trim(0)  # what is in use, not what has been
+    return psutil.Process().memory_info().rss
+
 weight = torch.zeros(768, 256, dtype=torch.bfloat16)
 product = ops.create_onednn_mm(weight.t(), 32)
-before = psutil.Process().memory_info().rss
-for num_tokens in range(1, 600):
-    ops.onednn_mm(product, torch.zeros(num_tokens, 256, dtype=torch.bfloat16), None)
-print(psutil.Process().memory_info().rss - before)
+def multiply(sizes):
+    for num_tokens in sizes:
+        ops.onednn_mm(product, torch.zeros(num_tokens, 256, dtype=torch.bfloat16), None)
+
+multiply(range(600, 610))  # the library itself
+before = memory()
+multiply(range(1, 600))
+print(memory() - before)
 """
 
 
-def test_what_vllm_compiles_for_every_number_of_tokens_takes_less_memory(
+def test_what_vllm_compiles_for_every_number_of_tokens_takes_less_than_half_the_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     grown = []
@@ -161,7 +170,7 @@ def test_what_vllm_compiles_for_every_number_of_tokens_takes_less_memory(
             [sys.executable, "-c", MULTIPLY], env=environment, capture_output=True, check=True
         )
         grown.append(int(run.stdout.split()[-1]))
-    assert grown[0] < 0.7 * grown[1], grown  # a fifth of the products, and what they share
+    assert grown[0] < grown[1] / 2, grown
 
 
 def test_additional_config_of_the_user_is_kept_beside_focus(

@@ -24,9 +24,10 @@ DEMO = ROOT / "focus_vllm" / "demo"
 ALONE = [[500], [1900], [2500], [6000]]
 BATCH = [[6000, 2500, 1900, 500]]
 FORCED = 200
+FOCUS = {"adapter": str(DEMO / "focus.safetensors"), "top_k": 1}
 # With one group per token, and centroids that keys and queries share, the store holds queries' groups too.
 # Otherwise those are kept as each step leaves them, which graphs do without Python.
-FOCUS = {"adapter": "shared.safetensors", "top_k": 1}
+SHARED = {"adapter": "shared.safetensors", "top_k": 1}
 ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     "stock": (None, {"enable_prefix_caching": False}),
     "focus": (FOCUS, {"enable_prefix_caching": False}),
@@ -36,6 +37,7 @@ ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     # The prompts of the batch fill 683 of 690 blocks of 16 tokens; 40 tokens more of each do not fit.
     "preempted": (FOCUS, {"enable_prefix_caching": False, "num_gpu_blocks_override": 690}),
     "wide": ({**FOCUS, "window": 8192}, {"enable_prefix_caching": False}),
+    "shared": (SHARED, {"enable_prefix_caching": False}),
     "own queries": (
         {"adapter": str(DEMO / "focus.safetensors")}, {"enforce_eager": True, "enable_prefix_caching": False},
     ),
@@ -179,10 +181,9 @@ def test_preempted_and_recomputed_requests_go_on_as_alone(runs):
             if token != expected_token:  # a near tie in bfloat16
                 break
             differences.append(value - expected_value)
-    assert len(differences) >= 40
-    # bfloat16 alone puts stock vLLM 0.03 from float32; two such runs differ by 0.03 times the root of two,
-    # and groups at near ties may be other ones. On a CPU single differences reach 0.16.
-    assert torch.tensor(differences).square().mean().sqrt() <= 0.1
+    assert len(differences) >= 100
+    # bfloat16 alone puts stock vLLM 0.03 from float32; two such runs differ by 0.03 times the root of two.
+    assert torch.tensor(differences).square().mean().sqrt() <= 0.05
 
 
 def log_probability_error(run: dict[str, Any], adapter: Adapter | None) -> float:
@@ -212,18 +213,18 @@ def test_log_probabilities_of_200_tokens_after_6000_are_as_exact_as_those_of_sto
     demo = load_adapter(DEMO / "focus.safetensors")
     one_group = dataclasses.replace(demo, config=dataclasses.replace(demo.config, top_k=1))
     stock = log_probability_error(runs["stock"], None)
-    shared = log_probability_error(runs["focus"], one_group)
+    shared = log_probability_error(runs["shared"], one_group)
     own = log_probability_error(runs["own queries"], demo)
     print(f"root mean square difference: stock {stock:.2e}, shared {shared:.2e}, own queries {own:.2e}")  # noqa: T201
     assert shared <= 1.5 * stock
     assert own <= 1.5 * stock
 
 
-@pytest.mark.parametrize("name", ["focus", "own queries"])
+@pytest.mark.parametrize("name", ["shared", "own queries"])
 def test_counters_say_how_many_keys_were_read(runs, name):
     run, config = runs[name], load_adapter(DEMO / "focus.safetensors").config
-    if name == "focus":
-        config = dataclasses.replace(config, top_k=FOCUS["top_k"])
+    if name == "shared":
+        config = dataclasses.replace(config, top_k=SHARED["top_k"])
     prompt, length = 6000, 6000 + FORCED - 1
     expected = {
         "candidate_tokens": {"prefill": 0, "decode": 0},

@@ -60,8 +60,10 @@ def test_two_gpus_give_the_groups_and_tokens_of_one(tmp_path):
     assert first == second
     assert counts_of_first == counts_of_second
     assert counts_of_first["candidate_tokens"] == counts["candidate_tokens"]
-    # Sums in bfloat16 over two ranks are rounded elsewhere: near ties may fall the other way. One engine and
-    # the float32 reference differ in 0.6 to 1.7 % of them.
+    # What enters the first layer has not been added up over ranks yet. Behind it, sums in bfloat16 are
+    # rounded elsewhere, and near ties may fall the other way: 0.51 % of all on two H100. One engine and the
+    # float32 reference differ in 0.6 to 1.7 %.
+    assert groups[min(groups, key=int)] == first[min(first, key=int)]
     pairs = [pair for index in groups for pair in zip(groups[index], first[index], strict=True)]
-    assert sum(a != b for a, b in pairs) <= 0.02 * len(pairs)
+    assert sum(a != b for a, b in pairs) <= 0.01 * len(pairs)
     assert tokens_of_two[:8] == tokens[:8]
