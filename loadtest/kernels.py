@@ -76,6 +76,11 @@ class Shape:
     num_kv_heads: int = 8
     head_size: int = 128
 
+    def cache_bytes(self, case: Case) -> int:
+        """Return what the case's keys and values take, in bfloat16, and a tenth for what else there is."""
+        keys = case.batch * case.context * self.num_kv_heads * self.head_size
+        return int(1.1 * 2 * keys * torch.bfloat16.itemsize)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
@@ -414,10 +419,14 @@ def cases() -> list[Case]:
         (8, 32768),
         (32, 8192),
         (32, 32768),
+        (32, 131072),
+        (8, 524288),
+        (32, 524288),
     )
     lines += [Case("decode", context, batch, one) for batch, context in decodes]
     lines += [
-        Case("decode+qkv", context, batch, one) for batch, context in ((1, 8192), (1, 32768), (8, 131072))
+        Case("decode+qkv", context, batch, one)
+        for batch, context in ((1, 8192), (1, 32768), (1, 131072), (8, 131072))
     ]
     for num_groups, key_k, top_k in ((16, 1, 2), (16, 1, 4), (8, 2, 2), (4, 2, 2)):
         config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
@@ -527,6 +536,9 @@ def main() -> None:
             continue
         if time.monotonic() - started > args.limit:
             print(f"not run, out of time: {kind} {case.name}")  # noqa: T201
+            continue
+        if DEVICE == "cuda" and shape.cache_bytes(case) > torch.cuda.mem_get_info()[0]:
+            print(f"not run, out of memory: {kind} {case.name}")  # noqa: T201
             continue
         try:
             if kind == "row":
