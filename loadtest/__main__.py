@@ -22,10 +22,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.objectives import UNITS
 from server.objectives import Target as Objective
+
+if TYPE_CHECKING:
+    from loadtest.bench import Cell
+    from loadtest.scenarios import Plan
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
 MAX_PREFIX_HITS = 0.01
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from loadtest.bench import Cell, Result, Target, summary
+    from loadtest.bench import Result, Target, summary
     from loadtest.manifest import describe
     from loadtest.report import write_report
     from loadtest.scenarios import Clock, Plan, run_plan
@@ -94,7 +98,19 @@ def _run(options: argparse.Namespace) -> int:
         (folder / "manifest.json").write_text(json.dumps({**manifest, "problems": doubts}, indent=1) + "\n")
         return write_report(folder)
 
-    with (folder / "cells.jsonl").open("w") as cells, (folder / "requests.jsonl").open("w") as requests:
+    sides = {"dense": DENSE_SHARE, "focus": 1.0}
+    kv_tokens: int | None = None
+    wanted: list[Cell] | None = None
+    if options.resume:
+        earlier, wanted = _earlier(folder, plan)
+        del sides["dense"]
+        info["dense"] = earlier["servers"]["dense"]
+        kv_tokens = info["dense"]["kv_tokens"]
+        problems += [problem for problem in earlier["problems"] if problem.startswith("dense ")]
+        names = {cell.name for cell in wanted}
+        manifest["left_out"] += [name for name in earlier["left_out"] if name not in names]
+    mode = "a" if options.resume else "w"
+    with (folder / "cells.jsonl").open(mode) as cells, (folder / "requests.jsonl").open(mode) as requests:
 
         def report(result: Result) -> None:
             row = {**summary(result), **_judge(result, options.slo_ttft, options.slo_tpot)}
@@ -116,9 +132,7 @@ def _run(options: argparse.Namespace) -> int:
             )
             sys.stdout.flush()
 
-        kv_tokens = None
-        wanted: list[Cell] | None = None
-        for side, share in (("dense", DENSE_SHARE), ("focus", 1.0)):
+        for side, share in sides.items():
             with _server(options, side, folder) as url:
                 target = Target.at(url, options.tokenizer, options.api_key)
                 info[side], room = _about(target)
@@ -135,6 +149,35 @@ def _run(options: argparse.Namespace) -> int:
                     problems.append(f"{side}: nothing was measured, for the limit left no time")
     sys.stdout.write("".join(f"! {problem}\n" for problem in problems) + f"{write(ended=True)}\n")
     return 1 if problems else 0
+
+
+def _earlier(folder: Path, plan: Plan) -> tuple[dict[str, Any], list[Cell]]:
+    """Return the manifest of a run that was cut short, and the cells that only its dense side has.
+
+    Raises:
+        OSError: There was none.
+        ValueError: Its plan is another, or it has measured nothing.
+    """
+    from loadtest.bench import Cell
+
+    path = folder / "manifest.json"
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    planned = json.loads(json.dumps(dataclasses.asdict(plan)))
+    if differing := [name for name in planned if planned[name] != manifest["plan"].get(name)]:
+        raise ValueError(
+            "--resume takes the options of the run that it goes on with: "
+            + "; ".join(f"{name} was {manifest['plan'].get(name)}, is {planned[name]}" for name in differing)
+        )
+    measured: dict[str, list[Cell]] = {"dense": [], "focus": []}
+    for line in (folder / "cells.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        cell = Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)})
+        measured[row["side"]].append(cell)
+    if not measured["dense"]:
+        raise ValueError(f"{folder} has no cell of the dense side to go on from: leave out --resume")
+    missing = [cell for cell in measured["dense"] if cell not in measured["focus"]]
+    # The prompt that short ones are sent beside is a step of the plan, and no row.
+    return manifest, missing + [plan.long] * any(cell.scenario == "alone" for cell in missing)
 
 
 @contextlib.contextmanager
@@ -323,6 +366,11 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SECONDS",
         help="for the whole command: cells that would take longer are left out, on both sides",
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="measure Focus where an earlier run into the same folder measured dense alone",
     )
     run.add_argument(
         "--tokens", type=length, default="2m", help="prompt tokens per cell: fewer requests if long"

@@ -8,6 +8,8 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 330
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 30, 52
+CROWDED = 36
+"""Width of a bar's place in which a word does not fit."""
 COLORS = {"dense": "#6b7280", "focus": "#2563eb"}
 MORE_COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 
@@ -93,7 +95,12 @@ def lines(
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str) -> str:
-    """Draw stacked bars: by bar, by part."""
+    """Draw stacked bars: by bar, by part.
+
+    Where there is no room for the names of all bars, those that begin with the same word share it, and of the
+    second there is a letter; the whole name is in the bar's title.
+    """
+    groups = {group: parts for group, parts in groups.items() if parts}
     if not groups:
         return ""
     top = max(sum(parts.values()) for parts in groups.values())
@@ -112,9 +119,25 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str) ->
                 f'fill="{names[name]}"><title>{escape(f"{group}, {name}")}: {short(height)}</title></rect>'
             )
             base += height
-        for row, word in enumerate(group.split()):
-            parts.append(_text(left + step * 0.35, HEIGHT - BOTTOM + 16 + 13 * row, word))
+    parts += _bar_names(list(groups), step)
     return _figure(parts, names)
+
+
+def _bar_names(groups: Sequence[str], step: float) -> list[str]:
+    crowded = step < CROWDED
+    parts, shown = [], ""
+    for number, group in enumerate(groups):
+        first, *rest = group.split()
+        middle = LEFT + step * (number + 0.5)
+        if not crowded or first != shown:
+            sharing = sum(other.split()[0] == first for other in groups) if crowded else 1
+            parts.append(_text(middle + step * (sharing - 1) / 2, HEIGHT - BOTTOM + 16, first))
+        parts += [
+            _text(middle, HEIGHT - BOTTOM + 29 + 13 * row, word[:1] if crowded else word)
+            for row, word in enumerate(rest)
+        ]
+        shown = first
+    return parts
 
 
 class _Axis:

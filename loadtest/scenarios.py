@@ -43,6 +43,11 @@ class Plan:
         """Return the number of requests of a cell: one for every place at least."""
         return max(min(self.requests, self.tokens // length), concurrency, self.fewest)
 
+    @property
+    def long(self) -> Cell:
+        """Return the prompt that short requests meet."""
+        return Cell("long", self.beside, 1, 1, output_tokens=2, seed=self.seed + 300)
+
     def grid(self, kv_tokens: int | None) -> list[Cell]:
         """Return the cells of lengths and concurrencies whose requests fit in the KV cache together."""
         return [
@@ -168,7 +173,7 @@ def _steps(plan: Plan, target: Target, side: str, kv_tokens: int | None) -> list
 
     steps = [*map(alone, plan.grid(kv_tokens)), *map(alone, conversation(plan))]
     if plan.beside:
-        long = Cell("long", plan.beside, 1, 1, output_tokens=2, seed=plan.seed + 300)
+        long = plan.long
         steps.append((long, lambda seconds: short_beside_long(plan, long, target, side, seconds)))
     for number, rate in enumerate(plan.rates):
         length = plan.lengths[len(plan.lengths) // 2]

@@ -15,7 +15,7 @@ import pytest
 from loadtest import scenarios
 from loadtest.__main__ import RESULTS, _doubts, length, main
 from loadtest.advise import Measured, classify, read_trace
-from loadtest.bench import Cell, Target, _run_all
+from loadtest.bench import PHASES, Cell, Request, Result, Target, _run_all
 from loadtest.capacity import SIDES, fit, scale
 from loadtest.charts import bars, lines, short
 from loadtest.parallel import differences
@@ -195,6 +195,26 @@ def test_bars_are_as_high_as_their_values() -> None:
     assert second == pytest.approx(3 * first, rel=0.01)
 
 
+def test_bars_that_have_no_room_for_their_names_share_them() -> None:
+    names = [f"{length}K {side}" for length in range(10) for side in ("dense", "focus")]
+    words = [[str(text.text) for text in ElementTree.fromstring(bars("T", groups, "s")).iter("text")]
+             for groups in ({name: {"x": 1.0} for name in some} for some in (names, names[:2]))]  # fmt: skip
+    assert [word for word in words[0] if word.endswith("K")] == [f"{length}K" for length in range(10)]
+    assert words[0].count("d") == words[0].count("f") == 10
+    assert [word for word in words[1] if word.endswith("K")] == ["0K", "0K"]
+    assert "dense" in words[1]
+
+
+def test_the_time_per_token_is_the_engines_though_a_client_got_the_first_one_late() -> None:
+    late = {"ttft_p50": 30.3, "tpot_p50": 0.0001}
+    page = render(
+        [row("dense", 524288, 134.0), row("focus", 524288, 30.0, server_decode=0.05, **late)],
+        {"title": "T", "problems": []},
+    )
+    assert re.findall(r">([\d.]+) &#9680;", page)[:2] == ["4.42", "2.00"]
+    assert re.findall(r"<title>time per output token: ([\d.]+)<", page) == ["2"]
+
+
 def test_the_report_shows_the_numbers_and_needs_nothing_from_elsewhere() -> None:
     rows = [
         row("dense", 8192, 0.8),
@@ -309,6 +329,52 @@ def test_both_sides_run_the_same_cells_though_the_first_is_cut_short(monkeypatch
     assert reported[0] == reported[1] == wanted
     assert [(cell.length, cell.concurrency) for cell in reported[0]] == [(10, 1), (100, 1), (10, 16)]
     assert now == 1.1 * (10 + 10 + 100 + 160)
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_its_second_side_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[tuple[str, Cell]] = []
+    stop_at: int | None = None
+    metrics: dict[str, float | None] = dict.fromkeys(
+        ("prefix_hits", "preemptions", "kv_peak", "keys_read_prefill", "keys_read_decode", *PHASES), 1.0
+    )
+    metrics["prefix_hits"] = 0.0
+
+    def send(target: Any, side: str, cells: list[Cell], seconds: float | None = None) -> list[Result]:
+        sent.extend((side, cell) for cell in cells if cell.scenario != "warmup")
+        if len(sent) == stop_at:
+            raise KeyboardInterrupt
+        answers = [Request(cell.length, cell.output_tokens, 0.0, 1.0, 2.0, "") for cell in cells]
+        return [
+            Result(side, cell, 1.0, [answer] * cell.requests, metrics)
+            for cell, answer in zip(cells, answers, strict=True)
+        ]
+
+    monkeypatch.setattr(scenarios, "run", send)
+    monkeypatch.setattr(Target, "at", lambda url, tokenizer, key: Target(url, "demo", "demo"))
+    monkeypatch.setattr("loadtest.__main__._about", lambda target: ({"model": "demo"}, 100_000))
+    command = ["run", "--output", str(tmp_path), "--dense", "http://a", "--focus", "http://b"]
+    command += ["--lengths", "100", "200", "--concurrency", "1", "2", "--requests", "2", "--turns", "1"]
+    assert main(command) == 0
+    whole, cells = sent.copy(), (tmp_path / "cells.jsonl").read_text()
+    on_focus = [cell for side, cell in whole if side == "focus"]
+    assert [cell for side, cell in whole if side == "dense"] == on_focus
+    assert len(on_focus) == 4 + 1 + 3  # grid, conversation, short ones alone and beside a long one
+
+    sent, stop_at = [], len(on_focus) + 3
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert "did not come to its end" in (tmp_path / "report.html").read_text()
+    sent, stop_at = [], None
+    assert main([*command, "--resume"]) == 0
+    assert sent == [("focus", cell) for cell in on_focus[2:]]
+    assert (tmp_path / "cells.jsonl").read_text() == cells
+    assert "did not come to its end" not in (tmp_path / "report.html").read_text()
+
+    assert main([*command, "--resume", "--seed", "2"]) == 2
+    assert "seed was 1, is 2" in capsys.readouterr().err
+    assert (tmp_path / "cells.jsonl").read_text() == cells
 
 
 def test_a_cell_without_an_answer_is_a_problem_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
