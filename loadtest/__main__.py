@@ -402,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, default=8, help="of a replica")
     plan.add_argument("--lengths", type=length, nargs="+", default=[length(f"{2**n}k") for n in range(3, 11)])
     plan.add_argument("--rate", type=float, default=1.0, help="prompts per second")
-    for command, measured in ((advise, "http-h200-2026-11-24.jsonl"), (plan, "engine-h200.json")):
+    for command, measured in ((advise, "http-h200.jsonl"), (plan, "engine-h200.json")):
         command.add_argument(
             "--measured",
             type=Path,

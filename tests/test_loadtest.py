@@ -84,7 +84,7 @@ def test_measured_times_are_exact_where_measured_and_interpolated_between() -> N
     assert measured.seconds("decode", 8000) == (0.02, 0.01)
 
 
-@pytest.mark.parametrize("name", ["engine-h200.json", "cpu.json", "http-h200-2026-11-24.jsonl"])
+@pytest.mark.parametrize("name", ["engine-h200.json", "cpu.json", "http-h200.jsonl"])
 def test_published_measurements_can_be_used(name: str) -> None:
     measured = Measured.read(RESULTS / name)
     assert len(measured.lengths) >= 4
@@ -99,9 +99,12 @@ def test_advice_adds_up_what_requests_cost(tmp_path: Path) -> None:
             ("dense", 1000, 1.0), ("focus", 1000, 2.0), ("dense", 100_000, 100.0), ("focus", 100_000, 25.0),
         )
     ]  # fmt: skip
-    # Sent beside nothing, but with one token to time; and found in the prefix cache.
+    # Sent beside nothing, but with one token to time; faster by chance, for Focus read every key; turns.
     rows += [row(side, 500, 0.5, scenario="alone", concurrency=None, output_tokens=2) for side in SIDES]
-    rows += [row(side, 2000, 0.1, scenario="turns", server_prefix_hits=0.5) for side in SIDES]
+    rows += [
+        row(side, 800, ttft, server_keys_read_prefill=1.0) for side, ttft in (("dense", 0.9), ("focus", 0.6))
+    ]
+    rows += [row(side, prompt, 0.1, scenario="turns") for side in SIDES for prompt in (1000, 2000)]
     cells.write_text("".join(json.dumps(line) + "\n" for line in rows))
     log = [
         "INFO starting",
@@ -110,7 +113,8 @@ def test_advice_adds_up_what_requests_cost(tmp_path: Path) -> None:
         json.dumps({"path": "/v1/models"}),
     ]
     measured = Measured.read(cells)
-    assert measured.lengths == (500, 1000, 100_000)
+    assert measured.lengths == (500, 800, 1000, 100_000)
+    assert measured.prefill[1:3] == ((0.9, 0.9), (1.0, 2.0))
     assert measured.decode[0] == measured.decode[1]
     short, long = classify(read_trace(log), measured)
     assert (short.name, short.requests, short.total) == ("0-1k", 1, (1.0, 2.0))
