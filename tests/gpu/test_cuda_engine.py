@@ -38,6 +38,8 @@ ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     "preempted": (FOCUS, {"enable_prefix_caching": False, "num_gpu_blocks_override": 690}),
     "wide": ({**FOCUS, "window": 8192}, {"enable_prefix_caching": False}),
     "shared": (SHARED, {"enable_prefix_caching": False}),
+    "stock, FP8": (None, {"enable_prefix_caching": False, "kv_cache_dtype": "fp8"}),
+    "shared, FP8": (SHARED, {"enable_prefix_caching": False, "kv_cache_dtype": "fp8"}),
     "own queries": (
         {"adapter": str(DEMO / "focus.safetensors")}, {"enforce_eager": True, "enable_prefix_caching": False},
     ),
@@ -212,12 +214,15 @@ def log_probability_error(run: dict[str, Any], adapter: Adapter | None) -> float
 def test_log_probabilities_of_200_tokens_after_6000_are_as_exact_as_those_of_stock_vllm(runs):
     demo = load_adapter(DEMO / "focus.safetensors")
     one_group = dataclasses.replace(demo, config=dataclasses.replace(demo.config, top_k=1))
-    stock = log_probability_error(runs["stock"], None)
-    shared = log_probability_error(runs["shared"], one_group)
-    own = log_probability_error(runs["own queries"], demo)
-    print(f"root mean square difference: stock {stock:.2e}, shared {shared:.2e}, own queries {own:.2e}")  # noqa: T201
-    assert shared <= 1.5 * stock
-    assert own <= 1.5 * stock
+    adapters = {"stock": None, "stock, FP8": None, "own queries": demo}
+    errors = {
+        name: log_probability_error(runs[name], adapters.get(name, one_group))
+        for name in ("stock", "shared", "own queries", "stock, FP8", "shared, FP8")
+    }
+    print("root mean square differences:", {name: f"{error:.2e}" for name, error in errors.items()})  # noqa: T201
+    assert errors["shared"] <= 1.5 * errors["stock"]
+    assert errors["own queries"] <= 1.5 * errors["stock"]
+    assert errors["shared, FP8"] <= 1.5 * errors["stock, FP8"]
 
 
 @pytest.mark.parametrize("name", ["shared", "own queries"])
