@@ -22,20 +22,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from server.objectives import UNITS
-from server.objectives import Target as Objective
-
-if TYPE_CHECKING:
-    from loadtest.bench import Cell
-    from loadtest.scenarios import Plan
 
 RESULTS = Path(__file__).parents[1] / "docs/results"
-MAX_PREFIX_HITS = 0.01
-MAX_LENGTH_ERROR = 0.01
-SLOW_CLIENT = 1.5
-"""Times the engine's own time per token at which somebody between it and the client is in the way."""
 DENSE_SHARE = 0.66
 """Of a run's time limit, what dense may use with its start; Focus has the rest for the same cells."""
 STOP_SECONDS = 15
@@ -54,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from loadtest.bench import Result, Target, summary
+    from loadtest.bench import Cell, Result, Target
     from loadtest.manifest import describe
-    from loadtest.report import write_report
+    from loadtest.recording import Recording, earlier
     from loadtest.scenarios import Clock, Plan, run_plan
 
     if bool(options.dense) != bool(options.focus) or bool(options.dense) == bool(options.adapter):
@@ -66,8 +57,6 @@ def _run(options: argparse.Namespace) -> int:
     importlib.import_module("vllm.benchmarks.serve")  # takes seconds that no cell should be charged with
     if options.adapter:
         _check(options)
-    folder: Path = options.output
-    folder.mkdir(parents=True, exist_ok=True)
     lengths = sorted(options.lengths)
     plan = Plan(
         lengths=lengths,
@@ -82,7 +71,6 @@ def _run(options: argparse.Namespace) -> int:
         fewest=options.fewest,
         warm_up=options.warm_up,
     )
-    problems: list[str] = []
     info: dict[str, Any] = {}
     manifest: dict[str, Any] = {
         "title": options.title,
@@ -92,103 +80,55 @@ def _run(options: argparse.Namespace) -> int:
         "quality": _quality(options.quality),
         "left_out": [],
     }
-
-    def write(ended: bool) -> Path:
-        doubts = problems if ended else [*problems, "the run did not come to its end"]
-        (folder / "manifest.json").write_text(json.dumps({**manifest, "problems": doubts}, indent=1) + "\n")
-        return write_report(folder)
-
     sides = {"dense": DENSE_SHARE, "focus": 1.0}
+    problems: list[str] = []
     kv_tokens: int | None = None
     wanted: list[Cell] | None = None
     if options.resume:
-        earlier, wanted = _earlier(folder, plan)
+        before, wanted = earlier(options.output, plan)
         del sides["dense"]
-        info["dense"] = earlier["servers"]["dense"]
+        info["dense"] = before["servers"]["dense"]
         kv_tokens = info["dense"]["kv_tokens"]
-        problems += [problem for problem in earlier["problems"] if problem.startswith("dense ")]
-        names = {cell.name for cell in wanted}
-        manifest["left_out"] += [name for name in earlier["left_out"] if name not in names]
-    mode = "a" if options.resume else "w"
-    with (folder / "cells.jsonl").open(mode) as cells, (folder / "requests.jsonl").open(mode) as requests:
+        problems += before["problems"]
+        manifest["left_out"] += before["left_out"]
+    recording = Recording(options.output, manifest, problems, append=options.resume)
 
-        def report(result: Result) -> None:
-            row = {**summary(result), **_judge(result, options.slo_ttft, options.slo_tpot)}
-            problems.extend(_doubts(row))
-            cells.write(json.dumps(row) + "\n")
-            cells.flush()
-            for number, request in enumerate(result.requests):
-                about = {
-                    name: row[name] for name in ("side", "scenario", "length", "concurrency", "rate", "seed")
-                }
-                line = {**about, "request": number, **dataclasses.asdict(request), "tpot": request.tpot}
-                requests.write(json.dumps(line) + "\n")
-            requests.flush()
-            write(ended=False)  # whatever ends the run, there is a report
-            sys.stdout.write(
-                f"{time.monotonic() - began:6.1f} s  {row['side']:6} {row['scenario']:7} "
-                f"{row['length']:>8} x {row['concurrency'] or '-'!s:3} "
-                f"TTFT {row['ttft_p50']:.3f} s  {row['requests_per_second']:.2f} requests/s\n"
-            )
-            sys.stdout.flush()
+    def report(result: Result) -> None:
+        row = recording.add(result)
+        sys.stdout.write(
+            f"{time.monotonic() - began:6.1f} s  {row['side']:6} {row['scenario']:7} "
+            f"{row['length']:>8} x {row['concurrency'] or '-'!s:3} "
+            f"TTFT {row['ttft_p50']:.3f} s  {row['requests_per_second']:.2f} requests/s\n"
+        )
+        sys.stdout.flush()
 
-        for side, share in sides.items():
-            with _server(options, side, folder) as url:
-                target = Target.at(url, options.tokenizer, options.api_key)
-                info[side], room = _about(target)
-                info[side]["kv_tokens"] = room
-                manifest["title"] = options.title or f"{info[side]['model']}, measured over HTTP"
-                kv_tokens = min(kv_tokens or room, room) if room else kv_tokens
-                end = options.limit and began + (options.limit - STOP_SECONDS) * share
-                clock = Clock(end and end - time.monotonic())
-                wanted, left_out = run_plan(
-                    plan, target, side, kv_tokens, report, clock, wanted, problems.append
-                )
-                manifest["left_out"] += [cell.name for cell in left_out]
-                if left_out and not wanted:
-                    problems.append(f"{side}: nothing was measured, for the limit left no time")
-    sys.stdout.write("".join(f"! {problem}\n" for problem in problems) + f"{write(ended=True)}\n")
+    for side, share in sides.items():
+        with _server(options, side) as url:
+            target = Target.at(url, options.tokenizer, options.api_key)
+            info[side], room = _about(target)
+            info[side]["kv_tokens"] = room
+            manifest["title"] = options.title or f"{info[side]['model']}, measured over HTTP"
+            kv_tokens = min(kv_tokens or room, room) if room else kv_tokens
+            end = options.limit and began + (options.limit - STOP_SECONDS) * share
+            clock = Clock(end and end - time.monotonic())
+            wanted, left_out = run_plan(plan, target, side, kv_tokens, report, clock, wanted, problems.append)
+            manifest["left_out"] += [cell.name for cell in left_out]
+            if left_out and not wanted:
+                problems.append(f"{side}: nothing was measured, for the limit left no time")
+    path = recording.write(ended=True)
+    sys.stdout.write("".join(f"! {problem}\n" for problem in problems) + f"{path}\n")
     return 1 if problems else 0
 
 
-def _earlier(folder: Path, plan: Plan) -> tuple[dict[str, Any], list[Cell]]:
-    """Return the manifest of a run that was cut short, and the cells that only its dense side has.
-
-    Raises:
-        OSError: There was none.
-        ValueError: Its plan is another, or it has measured nothing.
-    """
-    from loadtest.bench import Cell
-
-    path = folder / "manifest.json"
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    planned = json.loads(json.dumps(dataclasses.asdict(plan)))
-    if differing := [name for name in planned if planned[name] != manifest["plan"].get(name)]:
-        raise ValueError(
-            "--resume takes the options of the run that it goes on with: "
-            + "; ".join(f"{name} was {manifest['plan'].get(name)}, is {planned[name]}" for name in differing)
-        )
-    measured: dict[str, list[Cell]] = {"dense": [], "focus": []}
-    for line in (folder / "cells.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        cell = Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)})
-        measured[row["side"]].append(cell)
-    if not measured["dense"]:
-        raise ValueError(f"{folder} has no cell of the dense side to go on from: leave out --resume")
-    missing = [cell for cell in measured["dense"] if cell not in measured["focus"]]
-    # The prompt that short ones are sent beside is a step of the plan, and no row.
-    return manifest, missing + [plan.long] * any(cell.scenario == "alone" for cell in missing)
-
-
 @contextlib.contextmanager
-def _server(options: argparse.Namespace, side: str, folder: Path) -> Iterator[str]:
+def _server(options: argparse.Namespace, side: str) -> Iterator[str]:
     """Give the address of a running server, or of one that runs until the block ends."""
     from loadtest.serving import serving
 
     if url := getattr(options, side):
         yield url.rstrip("/")
         return
-    with serving(_command(options, side), folder / f"{side}.log") as server:
+    with serving(_command(options, side), options.output / f"{side}.log") as server:
         yield server.url
 
 
@@ -215,45 +155,6 @@ def _about(target: Any) -> tuple[dict[str, Any], int | None]:
     with contextlib.suppress(OSError):
         info["vllm"] = json.loads(_get(f"{target.url}/version", target.headers))["version"]
     return info, Metrics(target.url, target.headers).kv_tokens
-
-
-def _judge(result: Any, slo_ttft: str, slo_tpot: str) -> dict[str, Any]:
-    """Return what the objectives say of a cell."""
-    ttft, tpot = (Objective.parse(text) for text in (slo_ttft, slo_tpot))
-
-    def good(request: Any) -> bool:
-        limit = tpot.seconds(request.prompt_tokens)
-        return request.ttft <= ttft.seconds(request.prompt_tokens) and (request.tpot or 0) <= limit
-
-    met = sum(good(request) for request in result.answered)
-    return {
-        "goodput": met / result.duration,
-        "meets_objective": met >= 0.95 * len(result.requests),
-    }
-
-
-def _doubts(row: dict[str, Any]) -> list[str]:
-    """Return why a cell's figures may mean nothing."""
-    from loadtest.bench import engine_tpot
-
-    where = f"{row['side']} {row['scenario']} {row['length']} x {row['concurrency']}"
-    found = []
-    if row["scenario"] != "turns":
-        if (row["server_prefix_hits"] or 0) > MAX_PREFIX_HITS:
-            found.append(
-                f"{where}: {row['server_prefix_hits']:.1%} of prompt tokens came from the prefix cache"
-            )
-        if abs(row["prompt_tokens"] / row["length"] - 1) > MAX_LENGTH_ERROR:
-            found.append(f"{where}: prompts have {row['prompt_tokens']:g} tokens")
-    if row["failed"]:
-        found.append(f"{where}: {row['failed']} requests failed")
-    engine, client = engine_tpot(row), row["tpot_p50"] or 0
-    if row["scenario"] == "grid" and row["concurrency"] == 1 and client > SLOW_CLIENT * engine:
-        found.append(
-            f"{where}: the client waited {1000 * client:.1f} ms for a token, of the engine's "
-            f"{1000 * engine:.1f}: the API server or the client was slow, not the model"
-        )
-    return found
 
 
 def _quality(path: Path | None) -> list[dict[str, Any]] | None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from loadtest import scenarios
-from loadtest.__main__ import RESULTS, _doubts, length, main
+from loadtest.__main__ import RESULTS, length, main
 from loadtest.advise import Measured, classify, read_trace
 from loadtest.bench import PHASES, Cell, Request, Result, Target, _run_all
 from loadtest.capacity import SIDES, fit, scale
 from loadtest.charts import bars, lines, short
 from loadtest.parallel import differences
+from loadtest.recording import doubts
 from loadtest.report import concurrency_chart, render
 from loadtest.scenarios import Clock, Plan, conversation, run_plan
 from server.models import DEMO_FOLDER
@@ -417,8 +418,8 @@ def test_a_tokenizer_is_loaded_once_for_all_cells(monkeypatch: pytest.MonkeyPatc
 
 def test_tokens_that_take_the_client_longer_than_the_engine_are_doubted() -> None:
     fine = row("dense", 8192, 1.0, tpot_p50=0.0149)  # the engine's are 10 ms
-    assert _doubts(fine) == []
-    assert _doubts({**fine, "tpot_p50": 0.2}) == [
+    assert doubts(fine) == []
+    assert doubts({**fine, "tpot_p50": 0.2}) == [
         "dense grid 8192 x 1: the client waited 200.0 ms for a token, of the engine's 10.0: "
         "the API server or the client was slow, not the model"
     ]
