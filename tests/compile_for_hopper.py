@@ -89,7 +89,7 @@ def compile_case(
     compile_kernels(
         config, query, torch.zeros(64, num_heads, head_size, dtype=out_dtype), num_kv_heads, dtype,
         Scores(0.1, softcap, *scales), prefill, decode,
-        GatherScratch(pages[0], pages[1], torch.empty(200_000, dtype=torch.int32)),
+        GatherScratch(pages[0], pages[1], torch.empty(200_000, dtype=torch.int32)), drafts=True,
     )  # fmt: skip
     groups = torch.empty(2, 64, dtype=mask_dtype(config.num_groups))
     weight = device_weight(torch.empty(config.num_groups, 512), out_dtype)

@@ -128,7 +128,8 @@ class StoredGroups:
         blocks = torch.tensor(groups[self._kv_cache_group])
         block_size = self._scheduler.block_size
         slots = (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)
-        slots = slots[: min(request.num_computed_tokens, len(slots))]
+        # Of the last token there is no key, or one that was computed as a draft.
+        slots = slots[: min(request.num_computed_tokens, request.num_tokens - 1, len(slots))]
         stores = [
             (focus.store[slots], self._query_stores[id(focus)][slots]) for focus in self._layers.values()
         ]

@@ -25,7 +25,7 @@ from test_kernels import (
 from focus_vllm.config import FocusConfig
 from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, LayerFocus
-from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.near import Scores
 from focus_vllm.kernels.plan import SeparateQueries
 from focus_vllm.kernels.store import address_of
@@ -56,6 +56,8 @@ class Workspace:
         return tensors
 
 
+DRAFTS = {"seq_lens": [30, 700, 102, 300, 250, 400], "query_lens": [1, 4, 4, 3, 200, 60]}
+"""Decodes with up to three drafts, one of which crosses dense_below, then two chunks."""
 VLLM_CONFIG = SimpleNamespace(
     scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=8),
     model_config=SimpleNamespace(max_model_len=1024, dtype=torch.float32),
@@ -63,33 +65,47 @@ VLLM_CONFIG = SimpleNamespace(
 
 
 def metadata_of(
-    backend: Any, batch: PagedBatch, config: FocusConfig | None, slots: torch.Tensor, capacity: Any = None
+    backend: Any,
+    batch: PagedBatch,
+    config: FocusConfig | None,
+    slots: torch.Tensor,
+    capacity: Any = None,
+    most_drafts: int = 0,
 ) -> Any:
-    """What the builder adds to vLLM's metadata."""
+    """What the builder adds to vLLM's metadata; on the host a decode's drafts all count as accepted."""
     builder = object.__new__(backend.FocusFlashAttentionMetadataBuilder)
     builder.focus_config, builder.capacity = config, capacity
     builder.device = torch.device(DEVICE)
     builder.num_heads_q, builder.num_heads_kv = batch.query.shape[1], batch.cache.shape[2]
     builder.first_decode = torch.arange(9, dtype=torch.int32, device=DEVICE)
     builder.progress = Progress.zeros(8, builder.device)
+    builder.reorder_batch_threshold = 1 + most_drafts
+    bounds = [
+        length + most_drafts * (queries <= 1 + most_drafts)
+        for length, queries in zip(batch.seq_lens, batch.query_lens, strict=True)
+    ]
+    seq_lens = torch.tensor(batch.seq_lens, dtype=torch.int32, device=DEVICE)
     common = SimpleNamespace(
-        max_seq_len=max(batch.seq_lens),
+        max_seq_len=max(bounds),
         max_query_len=max(batch.query_lens),
         num_reqs=len(batch.seq_lens),
         num_actual_tokens=sum(batch.query_lens),
         query_start_loc_cpu=torch.tensor(batch.query_start_loc),
-        seq_lens_cpu_upper_bound=torch.tensor(batch.seq_lens),
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=torch.tensor(bounds),
     )
     focus = builder._split(common)
     return SimpleNamespace(
         num_actual_tokens=len(batch.query),
         block_table=batch.block_table,
-        seq_lens=torch.tensor(batch.seq_lens, dtype=torch.int32, device=DEVICE),
+        seq_lens=seq_lens,
         slot_mapping=slots,
         max_num_splits=32,
         scheduler_metadata=torch.tensor(len(batch.seq_lens)),
         focus=focus,
-        dense_pairs=backend._dense_pairs(common, config.dense_below, focus) if config else (0, 0),
+        dense_pairs=backend._dense_pairs(common, config.dense_below, focus, 1 + most_drafts)
+        if config
+        else (0, 0),
     )
 
 
@@ -126,12 +142,12 @@ def new_slots(batch: PagedBatch) -> torch.Tensor:
 
 
 def forward(
-    backend: Any, batch: PagedBatch, layer: Any = None, **changes: Any
+    backend: Any, batch: PagedBatch, layer: Any = None, most_drafts: int = 0, **changes: Any
 ) -> tuple[torch.Tensor, dict[str, dict[str, int]]]:
     """Run a routed layer; return its output and what it counted."""
     slots = new_slots(batch)
     impl = layer_of(backend, batch, slots, **changes)
-    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity())
+    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity(), most_drafts)
     out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
     cache = batch.cache.transpose(1, 2)
     if cache.dtype.itemsize == 1:
@@ -169,6 +185,49 @@ def test_batch_of_decodes_and_dense_and_routed_chunks_follows_the_definition(bac
     out, counts = forward(backend, batch)
     assert_matches_definition(batch, out, from_position=0)
     assert counts == pairs_by_phase(batch)
+
+
+@pytest.mark.parametrize("window", [64, 1])
+@pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])
+@pytest.mark.usefixtures("stand_ins")
+def test_drafts_are_verified_by_the_definition_however_many_the_host_thinks_were_accepted(
+    backend, groups, window
+):
+    batch = batch_of(settings(groups, dense_below=100, window=window), **DRAFTS)
+    stored = batch.store.clone()
+    out, counts = forward(backend, batch, most_drafts=3)
+    assert_matches_definition(batch, out, from_position=0)
+    assert counts == pairs_by_phase(batch, most_drafts=3)
+    assert torch.equal(batch.store, stored)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_groups_of_drafts_are_stored_before_they_are_listed(backend, monkeypatch):
+    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 3])
+    slots, stored = new_slots(batch), batch.store.clone()
+    listed = []
+
+    def lists(*args: Any) -> None:
+        listed.append(torch.equal(args[2][slots], stored[slots]))
+        build_decode_lists(*args)
+
+    monkeypatch.setattr("focus_vllm.kernels.attention.build_decode_lists", lists)
+    out, _ = forward(backend, batch, most_drafts=3)
+    assert_matches_definition(batch, out, from_position=0)
+    assert listed == [True]
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_batch_without_drafts_is_not_taken_apart(backend):
+    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700, 101], query_lens=[1, 1, 1])
+    slots = new_slots(batch)
+    capacity = layer_of(backend, batch, slots).scratch_capacity()
+    assert metadata_of(backend, batch, batch.config, slots, capacity, most_drafts=3).focus.drafts is None
+    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 3])
+    focus = metadata_of(backend, batch, batch.config, new_slots(batch), capacity, most_drafts=3).focus
+    assert focus.drafts.requests.tolist() == [0, 1, 1, 1]
+    assert focus.drafts.seq_lens.tolist() == [30, 698, 699, 700]
+    assert (focus.num_decodes, focus.num_decode_tokens) == (2, 4)
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -257,12 +316,13 @@ def test_lists_are_not_captured_in_graphs_without_attention(monkeypatch, mode, l
     attach._list_decodes(SimpleNamespace(layer_name="layer", impl=None))
 
 
-def pairs_by_phase(batch: PagedBatch) -> dict[str, dict[str, int]]:
-    """(query, key) pairs by the definition, decodes being single queries."""
+def pairs_by_phase(batch: PagedBatch, most_drafts: int = 0) -> dict[str, dict[str, int]]:
+    """(query, key) pairs by the definition, decodes being single queries and their drafts."""
     counts = {name: {"prefill": 0, "decode": 0} for name in ("candidate_tokens", "selected_tokens")}
     for request, start in enumerate(batch.query_start_loc[:-1]):
         queries = batch.query_lens[request]
-        phase, begin = "decode" if queries == 1 else "prefill", batch.seq_lens[request] - queries
+        phase = "decode" if queries <= 1 + most_drafts else "prefill"
+        begin = batch.seq_lens[request] - queries
         keys = batch.store[batch.slots(request)]
         mask = focus_mask(batch.query_groups[start : start + queries], keys, batch.config, begin)
         counts["candidate_tokens"][phase] += sum(range(begin + 1, batch.seq_lens[request] + 1))

@@ -127,6 +127,19 @@ def test_decode_after_a_long_prompt_equals_the_reference(
     assert 0 < counts["selected_tokens"]["decode"] < 0.5 * counts["candidate_tokens"]["decode"]
 
 
+def test_drafts_that_are_verified_equal_the_reference(adapter, hf_model, monkeypatch):
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    prompts = [(prompt(300) * 20)[:length] for length in (6000, 500)]
+    with engine(DEMO, {"adapter": str(adapter)}, speculative_config=drafts, disable_log_stats=False) as llm:
+        stored = StoredGroups(llm, monkeypatch)
+        outputs = generate(llm, prompts, max_tokens=48, prompt_logprobs=False)
+        metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    drafted, accepted = (metrics[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted"))
+    assert 0 < accepted < drafted  # some were rejected, whose groups must not stay
+    for output in outputs:
+        check_against_reference(hf_model, adapter, {}, output, stored.of(output))
+
+
 def test_decode_across_dense_below_and_a_hit_on_its_blocks_equal_the_reference(
     adapter, hf_model, monkeypatch
 ):

@@ -157,6 +157,7 @@ def decode(
     list_bytes: int = 2**20,
     flash: Callable[[Scores], FlashAttention] = SlowFlashAttention,
     scales: tuple[torch.Tensor, ...] = (),
+    requests: torch.Tensor | None = None,
 ) -> torch.Tensor:
     scores = Scores(batch.query.shape[-1] ** -0.5, softcap, *scales)
     scratch = decode_scratch(len(batch.seq_lens), max(batch.seq_lens), list_bytes)
@@ -168,7 +169,7 @@ def decode(
     totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     decode_attention(
         with_pages(flash(scores), batch), batch.query, out, slots, groups, batch.query_groups, batch.store,
-        batch.paged, seq_lens, batch.config, scratch, totals,
+        batch.paged, seq_lens, batch.config, scratch, totals, requests,
     )  # fmt: skip
     assert torch.equal(batch.store[slots], groups)
     assert totals.tolist() == [0, 0, *pairs_of(batch)]
@@ -439,15 +440,19 @@ def test_no_request_has_a_kernel_compiled_that_start_has_not(groups, monkeypatch
     out = torch.empty_like(batch.query)
     scratch = prefill_scratch(batch, list_capacity(config, 128), 8192, near_keys(config, 8192))
     compile_kernels(
-        config, batch.query, out, 2, batch.cache.dtype, Scores(0.1), scratch, decode_scratch(20, 128, 2**20)
-    )
+        config, batch.query, out, 2, batch.cache.dtype, Scores(0.1), scratch, decode_scratch(20, 128, 2**20),
+        drafts=True,
+    )  # fmt: skip
     at_start = set(compiled)
     assert len({key[0] for key in at_start}) >= 4
     lengths = {"seq_lens": [100, 150, 300], "query_lens": [61, 1, 83]}
     for count in (1, 2, 3):
         some = {name: values[:count] for name, values in lengths.items()}
         prefill(batch_of(config, **some))
-    decode(batch_of(config, seq_lens=[70] * 11, query_lens=[1] * 11), list_bytes=3 * 4 * 70)
+    single = batch_of(config, seq_lens=[70] * 11, query_lens=[1] * 11)
+    decode(single, list_bytes=3 * 4 * 70)
+    assert compiled - at_start == set()
+    decode(single, list_bytes=3 * 4 * 70, requests=torch.arange(11, dtype=torch.int32, device=DEVICE))
     assert compiled - at_start == set()
 
 

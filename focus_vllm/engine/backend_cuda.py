@@ -1,9 +1,10 @@
 """The CUDA attention backend: vLLM's FlashAttention, over lists of slots where a layer is routed.
 
 Decodes come first in a batch (`reorder_batch_threshold`) and take one FlashAttention call over lists that are
-built on the device, so batches of decodes alone run in full CUDA graphs. Prefill chunks are cut at
-`dense_below`: queries before it go through the stock call, the rest through `prefill_attention`. A batch
-whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
+built on the device, so batches of decodes alone run in full CUDA graphs. Where a decode has several queries,
+as with speculative decoding, each of them is a sequence of its own. Prefill chunks are cut at `dense_below`:
+queries before it go through the stock call, the rest through `prefill_attention`. A batch whose requests are
+all shorter than `dense_below` is stock vLLM's, bit by bit.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ from focus_vllm.kernels.plan import (
     near_keys,
     plan_waves,
     signatures,
+    to_device,
 )
 from focus_vllm.kernels.store import address_of, write_stores
 from focus_vllm.kernels.warmup import compile_kernels
@@ -171,11 +173,24 @@ class Capacity:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Drafts:
+    """The queries of decodes, some of which verify drafts: how many were accepted only the device knows."""
+
+    requests: torch.Tensor
+    """`[num_decode_tokens]`, int32."""
+    seq_lens: torch.Tensor
+    """`[num_decode_tokens]`, int32, up to and with each query's own token."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class FocusBatch:
     """How routed layers split a batch."""
 
     config: FocusConfig
     num_decodes: int
+    num_decode_tokens: int
+    """As many as decodes, unless there are drafts."""
+    drafts: Drafts | None
     dense: DenseQueries | None
     waves: list[PrefillPlan]
     first_decode: torch.Tensor
@@ -231,7 +246,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         context = vllm_config.compilation_config.static_forward_context
         impls = [context[name].impl for name in sorted(layer_names, key=extract_layer_index)]
         routed = [impl for impl in impls if impl.focus is not None]
@@ -253,7 +268,9 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
         focus, dense_pairs = self._split(common_attn_metadata), (0, 0)
         if self.focus_config is not None:
-            dense_pairs = _dense_pairs(common_attn_metadata, self.focus_config.dense_below, focus)
+            dense_pairs = _dense_pairs(
+                common_attn_metadata, self.focus_config.dense_below, focus, self.reorder_batch_threshold or 1
+            )
         return FocusFlashAttentionMetadata(**fields, focus=focus, dense_pairs=dense_pairs, stores=self.stores)
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
@@ -264,9 +281,14 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         # At capture max_seq_len is max_model_len: a graph takes the routed path whatever its dummy lengths.
         if config is None or common.max_seq_len <= config.dense_below:
             return None
-        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(common, 1)
+        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
+            common, self.reorder_batch_threshold or 1
+        )
+        drafts = self._drafts(common, num_decodes)
+        num_decode_tokens = num_decodes if drafts is None else len(drafts.requests)
+        decodes = config, num_decodes, num_decode_tokens, drafts
         if num_prefills == 0:
-            return FocusBatch(config, num_decodes, None, [], self.first_decode, self.progress)
+            return FocusBatch(*decodes, None, [], self.first_decode, self.progress)
         capacity = self.capacity
         assert capacity is not None
         chunks = _prefill_chunks(common, num_decodes)
@@ -280,7 +302,20 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             self.device,
         )
         dense = dense_queries(chunks, config.dense_below, self.device)
-        return FocusBatch(config, num_decodes, dense, waves, self.first_decode, self.progress)
+        return FocusBatch(*decodes, dense, waves, self.first_decode, self.progress)
+
+    def _drafts(self, common: CommonAttentionMetadata, num_decodes: int) -> Drafts | None:
+        if self.reorder_batch_threshold == 1:
+            return None
+        starts = common.query_start_loc_cpu[: num_decodes + 1].numpy()
+        queries = starts[1:] - starts[:-1]
+        if not (queries > 1).any():
+            return None
+        request_of = np.arange(num_decodes).repeat(queries)
+        queries_behind = starts[1:][request_of] - 1 - np.arange(starts[-1])
+        requests, later = to_device([request_of, queries_behind], self.device)
+        # What vLLM knows of these lengths on the host is a bound that counts on every draft.
+        return Drafts(requests, common.seq_lens[requests] - later)
 
 
 def _config(focus: LayerFocus) -> FocusConfig:
@@ -288,7 +323,7 @@ def _config(focus: LayerFocus) -> FocusConfig:
 
 
 def _dense_pairs(
-    common: CommonAttentionMetadata, dense_below: int, focus: FocusBatch | None
+    common: CommonAttentionMetadata, dense_below: int, focus: FocusBatch | None, most_decode_queries: int
 ) -> tuple[int, int]:
     if common.seq_lens_cpu_upper_bound is None:
         return 0, 0
@@ -299,7 +334,13 @@ def _dense_pairs(
     pairs = np.maximum(ends * (ends + 1) - begins * (begins + 1), 0) // 2
     if focus is not None:  # decodes are counted with their lists
         return int(pairs[focus.num_decodes :].sum()), 0
-    return int(pairs[queries > 1].sum()), int(pairs[queries == 1].sum())
+    decodes = queries <= most_decode_queries
+    return int(pairs[~decodes].sum()), int(pairs[decodes].sum())
+
+
+def _one_query_each(batch: FocusBatch) -> bool:
+    """Return whether a batch is decodes alone, of one query each."""
+    return batch.dense is None and not batch.waves and batch.drafts is None
 
 
 def _prefill_chunks(common: CommonAttentionMetadata, num_decodes: int) -> list[Chunk]:
@@ -394,7 +435,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         Leaves other batches to `forward`, and lists that do not fit in the scratch buffer together.
         """
         focus, batch = self.focus, metadata.focus
-        if focus is None or focus.store is None or batch is None or batch.waves or batch.dense is not None:
+        if focus is None or focus.store is None or batch is None or not _one_query_each(batch):
             return
         assert self.vllm_config is not None
         dtype, count = self.vllm_config.model_config.dtype, batch.num_decodes
@@ -423,7 +464,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus.address = address_of(focus.store, focus.key_groups)
 
     def _store_groups(self, metadata: FocusFlashAttentionMetadata | None) -> None:
-        """Store the groups of this step's tokens, unless all are decodes, whose lists' kernel stores them.
+        """Store the groups of this step's tokens, unless all are single, whose lists' kernel stores them.
 
         Of a dense step nobody reads them until it is over: the last layer stores those of all.
         """
@@ -435,7 +476,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             if focus is not metadata.stores.layers[-1]:
                 return
             addresses = metadata.stores.addresses()
-        elif metadata.focus.waves or metadata.focus.dense is not None:
+        elif not _one_query_each(metadata.focus):
             assert focus.address is not None
             addresses = focus.address
         else:
@@ -473,6 +514,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             prefill=prefill,
             decode=self._decode_scratch(*start, output.dtype)[0],
             gather=gather,
+            drafts=self.vllm_config.speculative_config is not None,
         )
 
     def _check_flash_attention(self) -> None:
@@ -581,10 +623,10 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         scores, totals = self._scores(layer), self._totals(focus)
         cache = self._cache(kv_cache, metadata.block_table)
         if batch.num_decodes:
-            decodes = slice(0, batch.num_decodes)
+            decodes, drafts = slice(0, batch.num_decode_tokens), batch.drafts
             scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, output.dtype)
             # A schedule is for so many sequences, and of any lengths only if the most splits are given.
-            alone = batch.dense is None and not batch.waves and batch.num_decodes <= len(scratch.list_lens)
+            alone = _one_query_each(batch) and batch.num_decodes <= len(scratch.list_lens)
             given = alone and gather is None and metadata.max_num_splits > 1
             schedule = metadata.scheduler_metadata if given else None
             decode_attention(
@@ -596,19 +638,20 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 focus.query_groups,
                 focus.store,
                 cache,
-                metadata.seq_lens,
+                metadata.seq_lens if drafts is None else drafts.seq_lens,
                 batch.config,
                 scratch,
                 totals,
+                None if drafts is None else drafts.requests,
                 listed=self.listed is batch,
             )
             self.listed = None
         if batch.dense is not None:
             pages = kv_cache.transpose(1, 2)
             self._attention(scores, metadata.max_num_splits, None)(
-                query[batch.num_decodes :],
+                query[batch.num_decode_tokens :],
                 *self._split_heads(pages),
-                out=output[batch.num_decodes :],
+                out=output[batch.num_decode_tokens :],
                 block_table=metadata.block_table,
                 table_rows=batch.dense.requests,
                 cu_seqlens_q=batch.dense.cu_seqlens_q,

@@ -78,7 +78,7 @@ class DecodeScratch:
     """Buffers that every layer uses in turn."""
 
     lists: torch.Tensor
-    """`[num_rows, max_model_len]`, int32; more requests than rows take more than one FlashAttention call."""
+    """`[num_rows, max_model_len]`, int32; more queries than rows take more than one FlashAttention call."""
     list_lens: torch.Tensor
     """`[num_rows]`, int32."""
     cu_seqlens_q: torch.Tensor
@@ -155,23 +155,25 @@ def decode_attention(
     config: FocusConfig,
     scratch: DecodeScratch,
     totals: torch.Tensor,
+    requests: torch.Tensor | None = None,
     listed: bool = False,
 ) -> None:
-    """Focus attention of one query per request; also stores the groups of its token.
+    """Focus attention of decodes, each query over a list of its own; also stores the groups of its token.
 
     Args:
         attention: FlashAttention.
-        query: `[num_requests, num_heads, head_size]`.
-        out: `[num_requests, num_heads, head_size]`, written.
-        slot_mapping: `[>= num_requests]`, int64, the slots of the queries' tokens; -1 marks padding.
-        key_groups: `[>= num_requests]`, G of the queries' tokens.
-        query_groups: `[>= num_requests]`, Q of the queries.
+        query: `[num_queries, num_heads, head_size]`.
+        out: `[num_queries, num_heads, head_size]`, written.
+        slot_mapping: `[>= num_queries]`, int64, the slots of the queries' tokens; -1 marks padding.
+        key_groups: `[>= num_queries]`, G of the queries' tokens.
+        query_groups: `[>= num_queries]`, Q of the queries.
         store: `[num_slots]`, G of every cached token; the queries' own are written.
         cache: The layer's keys and values, the queries' own too.
-        seq_lens: `[num_requests]`, int32, each query's own token included; 0 marks padding.
+        seq_lens: `[num_queries]`, int32, tokens up to and with each query's own; 0 marks padding.
         config: The mask's settings.
         scratch: Buffers.
         totals: As `prefill_attention`'s.
+        requests: As `build_decode_lists` takes them.
         listed: The lists are in `scratch` already, which has room for all, and the groups are stored.
     """
     rows, max_model_len = scratch.lists.shape
@@ -185,7 +187,7 @@ def decode_attention(
                 key_groups[part],
                 store,
                 query_groups[part],
-                cache.block_table[part],
+                cache.block_table if requests is not None else cache.block_table[part],
                 cache.block_size,
                 seq_lens[part],
                 config,
@@ -193,6 +195,7 @@ def decode_attention(
                 scratch.lists[:count],
                 list_lens,
                 totals,
+                None if requests is None else requests[part],
             )
         attention(
             query[part],

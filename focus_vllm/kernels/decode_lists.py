@@ -1,4 +1,4 @@
-"""Decode: the slots that each request's next token attends to, listed on the device in one launch.
+"""Decode: the slots that each query attends to, listed on the device in one launch.
 
 A list is the sinks and the window in order of position, then the far tokens that share a group, latest first.
 Only the far part has to be searched. Its programs each count a share of it, the latest tokens first, publish
@@ -6,6 +6,8 @@ the count, wait for those of the programs before them, and write behind these. A
 programs of lower number, which the hardware starts earlier, so the wait ends whatever the grid's size.
 Grid and buffers depend on the batch size and the longest possible request alone, so the launch can be
 captured in a CUDA graph and replayed as requests grow.
+
+A request has one query, or several where it verifies drafts; each query has a list of its own.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, misc"
@@ -33,13 +35,13 @@ class Progress:
     counts: torch.Tensor
     """`[progress_size]`, int32: one more than each program's count, once it is known."""
     done: torch.Tensor
-    """`[num_requests]`, int32: programs that need no more counts."""
+    """`[num_queries]`, int32: programs that need no more counts."""
 
     @classmethod
-    def zeros(cls, num_requests: int, device: torch.device) -> Progress:
-        """Return what launches of up to `num_requests` requests need."""
-        size = max(2 * PROGRAMS, 4 * num_requests)
-        buffer = torch.zeros(size + num_requests, dtype=torch.int32, device=device)
+    def zeros(cls, num_queries: int, device: torch.device) -> Progress:
+        """Return what launches of up to `num_queries` queries need."""
+        size = max(2 * PROGRAMS, 4 * num_queries)
+        buffer = torch.zeros(size + num_queries, dtype=torch.int32, device=device)
         return cls(buffer[:size], buffer[size:])
 
 
@@ -58,15 +60,15 @@ def _members(store, table, position, stop, block_size, wanted):
 
 
 # A call for a part of the batch begins anywhere in these.
-ROWS = ["slot_mapping", "key_groups", "query_groups", "block_table", "seq_lens"]
+ROWS = ["slot_mapping", "key_groups", "query_groups", "block_table", "requests", "seq_lens"]
 
 
 @triton.jit(
     do_not_specialize=["block_table_stride", "lists_stride", "budget"], do_not_specialize_on_alignment=ROWS
 )
 def _list_kernel(
-    slot_mapping, key_groups, store, query_groups, block_table, block_table_stride, block_size, seq_lens,
-    counts, done, lists, lists_stride, list_lens, totals, dense_below, window, sink, budget,
+    slot_mapping, key_groups, store, query_groups, block_table, block_table_stride, block_size, requests,
+    seq_lens, counts, done, lists, lists_stride, list_lens, totals, dense_below, window, sink, budget,
     parts: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -76,7 +78,10 @@ def _list_kernel(
     window_start = tl.where(position < dense_below, 0, tl.maximum(position - window, 0))
     num_sinks = tl.minimum(sink, window_start)
     far_start = num_sinks + num_keys - window_start
-    table = block_table + row.to(tl.int64) * block_table_stride
+    request = row
+    if requests is not None:
+        request = tl.load(requests + row)
+    table = block_table + request.to(tl.int64) * block_table_stride
     out = lists + row.to(tl.int64) * lists_stride
     lane = tl.arange(0, tile)
     for first in range(window_start + part * tile, num_keys, parts * tile):
@@ -120,7 +125,7 @@ def _list_kernel(
                 at = first + lane
                 slots = _slots(table, at, at < num_sinks, block_size)
                 tl.store(out + at, slots, mask=at < num_sinks)
-            # The new token is in its own window, so this launch does not read what it stores.
+            # The new token is in its own window, so its programs do not read what they store.
             tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
         if part == active - 1:
             length = far_start + tl.minimum(before + mine, budget)
@@ -129,9 +134,9 @@ def _list_kernel(
             tl.atomic_add(totals + 3, length.to(tl.int64), mask=new_slot >= 0, sem="relaxed")
 
 
-def decode_parts(num_requests: int) -> int:
-    """Return among how many programs each request's context is divided."""
-    parts: int = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_requests))
+def decode_parts(num_queries: int) -> int:
+    """Return among how many programs each query's context is divided."""
+    parts: int = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_queries))
     return min(128, max(4, parts))
 
 
@@ -148,28 +153,31 @@ def build_decode_lists(
     lists: torch.Tensor,
     list_lens: torch.Tensor,
     totals: torch.Tensor,
+    requests: torch.Tensor | None = None,
 ) -> None:
-    """Store the groups of each request's last token and list the slots that it attends to.
+    """Store the groups of each query's token and list the slots that it attends to.
 
     Args:
-        slot_mapping: `[>= num_requests]`, int64, the last tokens' slots; -1 marks padding.
-        key_groups: `[>= num_requests]`, G of the last tokens.
-        store: `[num_slots]`, G of every cached token; the last tokens' are written.
-        query_groups: `[>= num_requests]`, Q of the requests' last tokens.
+        slot_mapping: `[>= num_queries]`, int64, the tokens' slots; -1 marks padding.
+        key_groups: `[>= num_queries]`, G of the tokens.
+        store: `[num_slots]`, G of every cached token; the queries' own are written.
+        query_groups: `[>= num_queries]`, Q of the queries.
         block_table: `[num_requests, max_num_blocks]`, int32.
         block_size: Slots per block.
-        seq_lens: `[num_requests]`, int32, the last token included; 0 marks padding.
+        seq_lens: `[num_queries]`, int32, tokens up to and with the query's own; 0 marks padding.
         config: The mask's settings.
         progress: Zeros, which it leaves behind.
-        lists: `[num_requests, max_model_len]`, int32; receives the slots.
-        list_lens: `[num_requests]`, int32; receives how many.
+        lists: `[num_queries, max_model_len]`, int32; receives the slots.
+        list_lens: `[num_queries]`, int32; receives how many.
         totals: `[4]`, int64; the last two count the keys there are and the keys listed.
+        requests: `[num_queries]`, int32, the request of each query, if some have several: then their groups
+            must have been stored before. None: every request has one query.
     """
-    num_requests = len(list_lens)
-    parts = decode_parts(num_requests)
+    num_queries = len(list_lens)
+    parts = decode_parts(num_queries)
     budget = NO_BUDGET if config.decode_budget is None else config.decode_budget
-    _list_kernel[(num_requests, parts)](
+    _list_kernel[(num_queries, parts)](
         slot_mapping, key_groups, store, query_groups, block_table, block_table.stride(0), block_size,
-        seq_lens, progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
+        requests, seq_lens, progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
         config.dense_below, config.window, config.sink, budget, parts=parts, tile=TILE, num_warps=4,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def compile_kernels(
     prefill: PrefillScratch,
     decode: DecodeScratch,
     gather: GatherScratch | None = None,
+    drafts: bool = False,
 ) -> None:
     """Run prefill and decode, without FlashAttention, on data of the shapes and dtypes to come.
 
@@ -53,6 +55,7 @@ def compile_kernels(
         prefill: Buffers.
         decode: Buffers.
         gather: Buffers, where listed keys are copied.
+        drafts: Whether decodes may have several queries.
     """
     attention: FlashAttention = _no_attention
     if gather is not None:
@@ -83,7 +86,7 @@ def compile_kernels(
     )
     # The kernel of decode's lists is another one for other numbers of requests.
     sizes = {decode_parts(size): size for size in range(1, min(len(decode.list_lens), len(query)) + 1)}
-    for size in sizes.values():
+    for size, several in itertools.product(sizes.values(), (False, True) if drafts else (False,)):
         slots = torch.zeros(size, dtype=torch.int64, device=query.device)
         decode_attention(
             attention,
@@ -98,5 +101,6 @@ def compile_kernels(
             config,
             decode,
             totals,
+            slots.int() if several else None,
         )
     write_stores(address_of(store, query_groups), dtype, slots, totals)

@@ -36,6 +36,16 @@ ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     ),
     # The prompts of the batch fill 683 of 690 blocks of 16 tokens; 40 tokens more of each do not fit.
     "preempted": (FOCUS, {"enable_prefix_caching": False, "num_gpu_blocks_override": 690}),
+    "drafts": (
+        FOCUS,
+        {
+            "enable_prefix_caching": False,
+            "speculative_config": {
+                "method": "ngram", "num_speculative_tokens": 3,
+                "prompt_lookup_max": 3, "prompt_lookup_min": 1,
+            },
+        },
+    ),
     "wide": ({**FOCUS, "window": 8192}, {"enable_prefix_caching": False}),
     "shared": (SHARED, {"enable_prefix_caching": False}),
     "stock, FP8": (None, {"enable_prefix_caching": False, "kv_cache_dtype": "fp8"}),
@@ -175,10 +185,11 @@ def test_first_token_does_not_depend_on_batch_chunks_graphs_or_cached_prefixes(r
             assert ours[1][0] == pytest.approx(expected[1][0], abs=0.05)
 
 
-def test_preempted_and_recomputed_requests_go_on_as_alone(runs):
-    assert runs["preempted"]["result"]["preemptions"] > 0
+@pytest.mark.parametrize("name", ["preempted", "drafts"])
+def test_recomputed_requests_and_verified_drafts_go_on_as_alone(runs, name):
+    assert runs[name]["result"]["preemptions"] > 0 or name == "drafts"
     differences = []
-    for ours, expected in zip(texts_of(runs, "preempted")[1], texts_of(runs, "focus")[0], strict=True):
+    for ours, expected in zip(texts_of(runs, name)[1], texts_of(runs, "focus")[0], strict=True):
         for token, value, expected_token, expected_value in zip(*ours, *expected, strict=True):
             if token != expected_token:  # a near tie in bfloat16
                 break
