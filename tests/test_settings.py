@@ -27,6 +27,7 @@ def vllm_config(focus, **changes):
         "lora_config": None,
         "decode_context_parallel_size": 1,
         "prefill_context_parallel_size": 1,
+        "use_ubatching": False,
         "cache_dtype": "auto",
         **changes,
     }
@@ -60,6 +61,7 @@ def test_everything_unsupported_is_refused_in_one_message(adapter):
         lora_config=object(),
         decode_context_parallel_size=2,
         prefill_context_parallel_size=4,
+        use_ubatching=True,
         cache_dtype="fp8",
         hf_config=AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=2),
     )
@@ -72,6 +74,7 @@ def test_everything_unsupported_is_refused_in_one_message(adapter):
         "LoRA",
         "decode_context_parallel_size is 2",
         "is 4",
+        "--enable-dbo",
         "'fp8'",
         "decode_budget is 500",
     ):

@@ -95,6 +95,10 @@ def _refusals(vllm_config: VllmConfig, adapter: Adapter, config: FocusConfig) ->
             parallel.prefill_context_parallel_size > 1,
             f"prefill_context_parallel_size is {parallel.prefill_context_parallel_size}, it must be 1",
         ),
+        (
+            parallel.use_ubatching,
+            "two parts of a batch would share buffers: remove --enable-dbo and --ubatch-size",
+        ),
     ]
     if vllm_config.device_config.device_type == "cpu":
         dtype = vllm_config.cache_config.cache_dtype
