@@ -127,8 +127,15 @@ def test_decode_after_a_long_prompt_equals_the_reference(
     assert 0 < counts["selected_tokens"]["decode"] < 0.5 * counts["candidate_tokens"]["decode"]
 
 
-def test_drafts_that_are_verified_equal_the_reference(adapter, hf_model, monkeypatch):
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+        {"method": "draft_model", "model": str(DEMO)},  # dense: it is not routed
+    ],
+)
+def test_drafts_that_are_verified_equal_the_reference(adapter, hf_model, monkeypatch, drafts):
+    drafts = {**drafts, "num_speculative_tokens": 3}
     prompts = [(prompt(300) * 20)[:length] for length in (6000, 500)]
     with engine(DEMO, {"adapter": str(adapter)}, speculative_config=drafts, disable_log_stats=False) as llm:
         stored = StoredGroups(llm, monkeypatch)

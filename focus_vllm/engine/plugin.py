@@ -65,9 +65,7 @@ def _with_focus(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module
     ) -> nn.Module:
         from focus_vllm.engine.settings import read_settings
 
-        settings = None
-        if model_config is vllm_config.model_config:  # not a drafter
-            settings = read_settings(vllm_config)
+        settings = None if _drafts(vllm_config, model_config) else read_settings(vllm_config)
         if settings is None:
             return load_model(self, vllm_config, model_config, *args, **kwargs)
         check_vllm_version()
@@ -80,6 +78,17 @@ def _with_focus(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module
 
     load_model_with_focus.focus = True  # type: ignore[attr-defined]
     return load_model_with_focus
+
+
+def _drafts(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """Return whether a model is loaded for speculative decoding beside the one that is served."""
+    if model_config is not vllm_config.model_config:
+        return True
+    # A draft model that is a whole model comes as the model of a configuration of its own.
+    speculative = vllm_config.speculative_config
+    if speculative is None or model_config is speculative.target_model_config:
+        return False
+    return model_config is speculative.draft_model_config
 
 
 @contextlib.contextmanager
