@@ -65,7 +65,7 @@ def _with_focus(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module
     ) -> nn.Module:
         from focus_vllm.engine.settings import read_settings
 
-        settings = None if _drafts(vllm_config, model_config) else read_settings(vllm_config)
+        settings = None if _is_drafter(vllm_config, model_config) else read_settings(vllm_config)
         if settings is None:
             return load_model(self, vllm_config, model_config, *args, **kwargs)
         check_vllm_version()
@@ -80,7 +80,7 @@ def _with_focus(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module
     return load_model_with_focus
 
 
-def _drafts(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+def _is_drafter(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
     """Return whether a model is loaded for speculative decoding beside the one that is served."""
     if model_config is not vllm_config.model_config:
         return True
