@@ -6,10 +6,10 @@
 
 A case is BATCHxPROMPT: the time to first token is that of a request for one token (of a batch, until the
 last has its first); then the same prompts, by now in the prefix cache, are continued, and the time per output
-token is that of all tokens but the first. BATCHxPROMPT+TOKENS is one run of the whole batch, prefill and
-decode: its time, and the tokens per second of both. BATCHxPROMPT@prefill and @decode are profiles: the
-kernels of the prompt's last chunk, or of one decode step. BATCHxPROMPT@host is what Python does: the
-median time to the first token of prompts that are not cached, and the functions that took most of it.
+token is that of all tokens but the first, by the engine's clock. BATCHxPROMPT+TOKENS is one run of the whole
+batch, prefill and decode: its time, and the tokens per second of both. BATCHxPROMPT@prefill and @decode are
+profiles: the kernels of the prompt's last chunk, or of one decode step. BATCHxPROMPT@host is what Python
+does: the median time to the first token of prompts that are not cached, and the functions that took most.
 
 The model has random weights of the shape named, and routers whose folded rows are orthogonal and of one
 length, so that groups are balanced by symmetry; the output says how well. Speed is what a trained model would
@@ -35,9 +35,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from focus_vllm.engine.worker import FocusWorkerExtension
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -194,12 +197,12 @@ class Measured:
         extra = {} if side.adapter is None else {"focus": {"adapter": side.adapter}}
         self.llm = LLM(
             model=side.model, load_format="dummy", skip_tokenizer_init=True, max_model_len=side.max_model_len,
-            additional_config=extra, seed=0, disable_log_stats=True,
+            additional_config=extra, seed=0, disable_log_stats=False,
             worker_extension_cls="loadtest.engine.MeasuredWorker", **side.vllm,
         )  # fmt: skip
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        """Return the seconds that `tokens` tokens of every prompt took, and the tokens."""
+    def generate(self, prompts: list[list[int]], tokens: int) -> tuple[float, list[RequestOutput]]:
+        """Return the seconds that `tokens` tokens of every prompt took, and what vLLM returned."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -207,7 +210,7 @@ class Measured:
         inputs = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
         start = time.perf_counter()
         outputs = self.llm.generate(inputs, params, use_tqdm=False)
-        return time.perf_counter() - start, [list(output.outputs[0].token_ids) for output in outputs]
+        return time.perf_counter() - start, outputs
 
     def prompts_of(self, batch: int, length: int, seed: int) -> list[list[int]]:
         """Return random prompts."""
@@ -230,9 +233,11 @@ class Measured:
             took, _ = self.generate(prompts, case.tokens)
             return {"seconds": took, "tokens_per_second": case.batch * (case.prompt + case.tokens) / took}
         first, _ = self.generate(prompts, 1)
-        again, _ = self.generate(prompts, 1)
-        whole, _ = self.generate(prompts, 1 + self.side.output_tokens)
-        return {"ttft": first, "tpot": (whole - again) / self.side.output_tokens}
+        _, outputs = self.generate(prompts, 1 + self.side.output_tokens)
+        return {
+            "ttft": first,
+            "tpot": statistics.fmean(map(decode_seconds, outputs)) / self.side.output_tokens,
+        }
 
     def profile_host(self, case: Case) -> dict[str, Any]:
         """Return the median time to the first token, and by function the microseconds of a prompt."""
@@ -286,6 +291,13 @@ class Measured:
         return sorted((row for row in rows if row["launches"] > 0), key=lambda row: -row["us"])
 
 
+def decode_seconds(output: RequestOutput) -> float:
+    """Return the seconds from a request's first token to its last, by the clock of vLLM's engine."""
+    stats = output.metrics
+    assert stats is not None  # unless vLLM does not log them
+    return stats.last_token_ts - stats.first_token_ts
+
+
 def serve(side: Side) -> None:
     """Run one side in this process; what it has measured is in the file after every case."""
     from loadtest.kernels import read_json, write_json
@@ -299,7 +311,8 @@ def serve(side: Side) -> None:
     result["memory_at_start"] = engine.llm.collective_rpc("focus_memory")
     if "checked" not in result:
         length = min(CHECKED_PROMPT, side.max_model_len // 2)
-        _, result["checked"] = engine.generate(engine.prompts_of(1, length, 0), CHECKED_TOKENS)
+        _, outputs = engine.generate(engine.prompts_of(1, length, 0), CHECKED_TOKENS)
+        result["checked"] = [list(output.outputs[0].token_ids) for output in outputs]
     engine.generate(engine.prompts_of(1, min(20000, side.max_model_len - 16), 1), 8)
     for text in side.cases:
         if text in rows or time.time() > side.deadline:

@@ -98,7 +98,16 @@ class FakeEngine:
     def generate(self, inputs: list[Any], params: Any, use_tqdm: bool) -> list[Any]:
         self.prompts += [len(prompt["prompt_token_ids"]) for prompt in inputs]
         completion = SimpleNamespace(token_ids=list(range(params.max_tokens)))
-        return [SimpleNamespace(outputs=[completion]) for _ in inputs]
+        # A request's tokens take 10 ms each, but for the first; a later request's begin later.
+        return [
+            SimpleNamespace(
+                outputs=[completion],
+                metrics=SimpleNamespace(
+                    first_token_ts=late, last_token_ts=late + 0.01 * (params.max_tokens - 1)
+                ),
+            )
+            for late in range(len(inputs))
+        ]
 
     def collective_rpc(self, method: str) -> list[str]:
         return [method]
@@ -129,18 +138,21 @@ def test_each_side_is_started_once_and_every_case_is_written(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", command)
     engine.main()
     assert len(fake_engines) == 2
-    assert fake_engines[0].prompts == [190, 364, 0, 300, 300, 300, 0, 100, 100]
+    assert fake_engines[0].prompts == [190, 364, 0, 300, 300, 0, 100, 100]
     written = json.loads(output.read_text())
     assert [row["case"] for row in written["rows"]] == ["1x300", "2x100+8"]
     assert {"ttft_ratio", "tpot_ratio"} <= set(written["rows"][0])
+    assert written["rows"][0]["focus_tpot"] == pytest.approx(0.01)
     assert written["rows"][1]["seconds_ratio"] > 0
     assert written["sides"]["focus"]["kv_tokens"] == 160
     assert "2x100+8" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", [*command, "3x50"])
     engine.main()
-    assert fake_engines[2].prompts == [364, 0, 50, 50, 50, 50, 50, 50, 50, 50, 50]
-    assert [row["case"] for row in json.loads(output.read_text())["rows"]] == ["1x300", "2x100+8", "3x50"]
+    assert fake_engines[2].prompts == [364, 0, 50, 50, 50, 50, 50, 50]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["1x300", "2x100+8", "3x50"]
+    assert rows[2]["stock_tpot"] == pytest.approx(0.01)
 
 
 def test_no_case_is_started_when_the_time_is_over(tmp_path, monkeypatch, fake_engines):

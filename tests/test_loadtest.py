@@ -18,7 +18,7 @@ from loadtest.advise import Measured, classify, read_trace
 from loadtest.bench import PHASES, Cell, Request, Result, Target, _run_all
 from loadtest.capacity import SIDES, fit, scale
 from loadtest.charts import bars, lines, short
-from loadtest.parallel import differences
+from loadtest.parallel import NEW_TOKENS, Answer, differences, unlike
 from loadtest.recording import doubts
 from loadtest.report import concurrency_chart, render
 from loadtest.scenarios import Clock, Plan, conversation, run_plan
@@ -285,6 +285,19 @@ def test_workers_that_differ_are_told_from_those_that_agree() -> None:
     )
     assert "5000 tokens" in other_token
     assert "worker 1" in other_group
+
+
+def test_continuations_may_part_where_two_tokens_are_about_as_likely() -> None:
+    def answers(at: int, token: str) -> list[Answer]:
+        words = ["a"] * at + [token] * (NEW_TOKENS - at)
+        return [Answer(words, [{"a": -0.7, "b": -0.8}] * NEW_TOKENS)] * 6
+
+    one, late = answers(0, "a"), answers(20, "b")
+    assert unlike(one, one) == []
+    assert unlike(one, late, near_tie=0.2) == []
+    assert "after 20 'a' by one, 'b' by two" in unlike(one, late)[0]
+    assert "'c' by two" in unlike(one, answers(20, "c"), near_tie=0.2)[0]
+    assert "too few to tell" in unlike(one, answers(2, "b"), near_tie=0.2)[0]
 
 
 def test_a_run_with_a_limit_leaves_out_what_would_outlast_it(monkeypatch: pytest.MonkeyPatch) -> None:
