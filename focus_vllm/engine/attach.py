@@ -34,10 +34,12 @@ def _route_op(
     if hidden.is_cuda:
         from focus_vllm.kernels.routing import route_into  # needs Triton, which a CPU may lack
 
+        if not torch.cuda.is_current_stream_capturing():
+            route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
+            return
         with beside(hidden.device):
             route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
-            if torch.cuda.is_current_stream_capturing():
-                _list_decodes(ATTENTIONS[weight.data_ptr()])
+            _list_decodes(ATTENTIONS[weight.data_ptr()])
         return
     num_tokens = len(hidden)
     key_groups[:num_tokens], query_groups[:num_tokens] = route(hidden, weight, bias, key_k, top_k)
