@@ -90,6 +90,7 @@ def metadata_of(
         max_query_len=max(batch.query_lens),
         num_reqs=len(batch.seq_lens),
         num_actual_tokens=sum(batch.query_lens),
+        query_start_loc=torch.tensor(batch.query_start_loc, dtype=torch.int32, device=DEVICE),
         query_start_loc_cpu=torch.tensor(batch.query_start_loc),
         seq_lens=seq_lens,
         seq_lens_cpu_upper_bound=torch.tensor(bounds),
@@ -217,16 +218,48 @@ def test_groups_of_drafts_are_stored_before_they_are_listed(backend, monkeypatch
     assert listed == [True]
 
 
+@pytest.mark.parametrize("seq_lens", [[30, 700, 102], [30, 50, 61]])
+@pytest.mark.usefixtures("stand_ins")
+def test_what_a_graph_captured_of_drafts_serves_later_batches_that_are_padded(backend, seq_lens):
+    """A replayed graph keeps what Python did at capture; only the contents of vLLM's buffers are new."""
+    captured = batch_of(settings("1/1", dense_below=100), seq_lens=[1024] * 4, query_lens=[4] * 4)
+    batch = batch_of(captured.config, seq_lens=seq_lens, query_lens=[4] * 3)
+    slots = torch.cat([new_slots(batch), torch.full((4,), -1, device=DEVICE)])
+
+    def padded(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values, values[:4]])
+
+    impl = layer_of(backend, batch, new_slots(batch))
+    impl.focus.key_groups, impl.focus.query_groups = map(padded, (impl.focus.key_groups, batch.query_groups))
+    impl.focus.address = address_of(batch.store, impl.focus.key_groups)
+    metadata = metadata_of(backend, captured, batch.config, slots, impl.scratch_capacity(), most_drafts=3)
+    assert not metadata.focus.waves
+    metadata.focus.query_start_loc.copy_(torch.tensor([0, 4, 8, 12, 12]))
+    metadata.seq_lens.copy_(torch.tensor([*seq_lens, 0]))
+    metadata.block_table = captured.block_table.zero_()
+    metadata.block_table[:3, : batch.block_table.shape[1]] = batch.block_table
+    stored, out = batch.store.clone(), torch.full_like(padded(batch.query), float("nan"))
+    stored[new_slots(batch)] = impl.focus.key_groups[:12]
+    impl.forward(None, padded(batch.query), None, None, batch.cache.transpose(1, 2), metadata, out)
+    assert_matches_definition(batch, out[:12], from_position=0)
+    assert torch.equal(batch.store, stored)
+    counts = {name: counted["decode"] for name, counted in impl.focus.counts.read().items()}
+    assert counts == {"dense_queries": 0} | {
+        name: counted["decode"] for name, counted in pairs_by_phase(batch, most_drafts=3).items()
+    }
+
+
 @pytest.mark.usefixtures("stand_ins")
 def test_a_batch_without_drafts_is_not_taken_apart(backend):
     batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700, 101], query_lens=[1, 1, 1])
     slots = new_slots(batch)
     capacity = layer_of(backend, batch, slots).scratch_capacity()
-    assert metadata_of(backend, batch, batch.config, slots, capacity, most_drafts=3).focus.drafts is None
+    focus = metadata_of(backend, batch, batch.config, slots, capacity, most_drafts=3).focus
+    assert focus.query_start_loc is None
+    assert (focus.num_decodes, focus.num_decode_tokens) == (3, 3)
     batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 3])
     focus = metadata_of(backend, batch, batch.config, new_slots(batch), capacity, most_drafts=3).focus
-    assert focus.drafts.requests.tolist() == [0, 1, 1, 1]
-    assert focus.drafts.seq_lens.tolist() == [30, 698, 699, 700]
+    assert focus.query_start_loc.tolist() == [0, 1, 4]
     assert (focus.num_decodes, focus.num_decode_tokens) == (2, 4)
 
 

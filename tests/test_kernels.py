@@ -157,7 +157,7 @@ def decode(
     list_bytes: int = 2**20,
     flash: Callable[[Scores], FlashAttention] = SlowFlashAttention,
     scales: tuple[torch.Tensor, ...] = (),
-    requests: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
 ) -> torch.Tensor:
     scores = Scores(batch.query.shape[-1] ** -0.5, softcap, *scales)
     scratch = decode_scratch(len(batch.seq_lens), max(batch.seq_lens), list_bytes)
@@ -169,7 +169,7 @@ def decode(
     totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     decode_attention(
         with_pages(flash(scores), batch), batch.query, out, slots, groups, batch.query_groups, batch.store,
-        batch.paged, seq_lens, batch.config, scratch, totals, requests,
+        batch.paged, seq_lens, batch.config, scratch, totals, query_start_loc,
     )  # fmt: skip
     assert torch.equal(batch.store[slots], groups)
     assert totals.tolist() == [0, 0, *pairs_of(batch)]
@@ -452,7 +452,8 @@ def test_no_request_has_a_kernel_compiled_that_start_has_not(groups, monkeypatch
     single = batch_of(config, seq_lens=[70] * 11, query_lens=[1] * 11)
     decode(single, list_bytes=3 * 4 * 70)
     assert compiled - at_start == set()
-    decode(single, list_bytes=3 * 4 * 70, requests=torch.arange(11, dtype=torch.int32, device=DEVICE))
+    starts = torch.arange(12, dtype=torch.int32, device=DEVICE)
+    decode(single, list_bytes=3 * 4 * 70, query_start_loc=starts)
     assert compiled - at_start == set()
 
 

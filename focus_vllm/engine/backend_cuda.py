@@ -2,9 +2,9 @@
 
 Decodes come first in a batch (`reorder_batch_threshold`) and take one FlashAttention call over lists that are
 built on the device, so batches of decodes alone run in full CUDA graphs. Where a decode has several queries,
-as with speculative decoding, each of them is a sequence of its own. Prefill chunks are cut at `dense_below`:
-queries before it go through the stock call, the rest through `prefill_attention`. A batch whose requests are
-all shorter than `dense_below` is stock vLLM's, bit by bit.
+as with speculative decoding, each of them is a sequence of its own, of a length that the device finds.
+Prefill chunks are cut at `dense_below`: queries before it go through the stock call, the rest through
+`prefill_attention`. A batch whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ from focus_vllm.kernels.plan import (
     near_keys,
     plan_waves,
     signatures,
-    to_device,
 )
 from focus_vllm.kernels.store import address_of, write_stores
 from focus_vllm.kernels.warmup import compile_kernels
@@ -173,16 +172,6 @@ class Capacity:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Drafts:
-    """The queries of decodes, some of which verify drafts: how many were accepted only the device knows."""
-
-    requests: torch.Tensor
-    """`[num_decode_tokens]`, int32."""
-    seq_lens: torch.Tensor
-    """`[num_decode_tokens]`, int32, up to and with each query's own token."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class FocusBatch:
     """How routed layers split a batch."""
 
@@ -190,7 +179,8 @@ class FocusBatch:
     num_decodes: int
     num_decode_tokens: int
     """As many as decodes, unless there are drafts."""
-    drafts: Drafts | None
+    query_start_loc: torch.Tensor | None
+    """`[num_decodes + 1]`, int32, if there are drafts."""
     dense: DenseQueries | None
     waves: list[PrefillPlan]
     first_decode: torch.Tensor
@@ -235,7 +225,7 @@ class FocusFlashAttentionMetadata(FlashAttentionMetadata):
 class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     """Splits each batch on the host, once for all layers, from lengths that vLLM has there."""
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table = False
 
     def __init__(
@@ -284,9 +274,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
             common, self.reorder_batch_threshold or 1
         )
-        drafts = self._drafts(common, num_decodes)
-        num_decode_tokens = num_decodes if drafts is None else len(drafts.requests)
-        decodes = config, num_decodes, num_decode_tokens, drafts
+        decodes = config, num_decodes, *_decode_queries(common, num_decodes)
         if num_prefills == 0:
             return FocusBatch(*decodes, None, [], self.first_decode, self.progress)
         capacity = self.capacity
@@ -304,18 +292,14 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         dense = dense_queries(chunks, config.dense_below, self.device)
         return FocusBatch(*decodes, dense, waves, self.first_decode, self.progress)
 
-    def _drafts(self, common: CommonAttentionMetadata, num_decodes: int) -> Drafts | None:
-        if self.reorder_batch_threshold == 1:
-            return None
-        starts = common.query_start_loc_cpu[: num_decodes + 1].numpy()
-        queries = starts[1:] - starts[:-1]
-        if not (queries > 1).any():
-            return None
-        request_of = np.arange(num_decodes).repeat(queries)
-        queries_behind = starts[1:][request_of] - 1 - np.arange(starts[-1])
-        requests, later = to_device([request_of, queries_behind], self.device)
-        # What vLLM knows of these lengths on the host is a bound that counts on every draft.
-        return Drafts(requests, common.seq_lens[requests] - later)
+
+def _decode_queries(common: CommonAttentionMetadata, num_decodes: int) -> tuple[int, torch.Tensor | None]:
+    """Return how many queries the decodes have and, if some have several, where each one's begin."""
+    starts = common.query_start_loc_cpu[: num_decodes + 1]
+    if not (starts.diff() > 1).any():
+        return num_decodes, None
+    # The lengths that go with them are the device's: those on the host count on every draft.
+    return int(starts[-1]), common.query_start_loc[: num_decodes + 1]
 
 
 def _config(focus: LayerFocus) -> FocusConfig:
@@ -340,7 +324,7 @@ def _dense_pairs(
 
 def _one_query_each(batch: FocusBatch) -> bool:
     """Return whether a batch is decodes alone, of one query each."""
-    return batch.dense is None and not batch.waves and batch.drafts is None
+    return batch.dense is None and not batch.waves and batch.query_start_loc is None
 
 
 def _prefill_chunks(common: CommonAttentionMetadata, num_decodes: int) -> list[Chunk]:
@@ -623,7 +607,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         scores, totals = self._scores(layer), self._totals(focus)
         cache = self._cache(kv_cache, metadata.block_table)
         if batch.num_decodes:
-            decodes, drafts = slice(0, batch.num_decode_tokens), batch.drafts
+            decodes = slice(0, batch.num_decode_tokens)
             scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, output.dtype)
             # A schedule is for so many sequences, and of any lengths only if the most splits are given.
             alone = _one_query_each(batch) and batch.num_decodes <= len(scratch.list_lens)
@@ -638,11 +622,11 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 focus.query_groups,
                 focus.store,
                 cache,
-                metadata.seq_lens if drafts is None else drafts.seq_lens,
+                metadata.seq_lens,
                 batch.config,
                 scratch,
                 totals,
-                None if drafts is None else drafts.requests,
+                batch.query_start_loc,
                 listed=self.listed is batch,
             )
             self.listed = None

@@ -155,7 +155,7 @@ def decode_attention(
     config: FocusConfig,
     scratch: DecodeScratch,
     totals: torch.Tensor,
-    requests: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
     listed: bool = False,
 ) -> None:
     """Focus attention of decodes, each query over a list of its own; also stores the groups of its token.
@@ -169,11 +169,11 @@ def decode_attention(
         query_groups: `[>= num_queries]`, Q of the queries.
         store: `[num_slots]`, G of every cached token; the queries' own are written.
         cache: The layer's keys and values, the queries' own too.
-        seq_lens: `[num_queries]`, int32, tokens up to and with each query's own; 0 marks padding.
+        seq_lens: `[num_requests]`, int32, as `build_decode_lists` takes them.
         config: The mask's settings.
         scratch: Buffers.
         totals: As `prefill_attention`'s.
-        requests: As `build_decode_lists` takes them.
+        query_start_loc: As `build_decode_lists` takes it.
         listed: The lists are in `scratch` already, which has room for all, and the groups are stored.
     """
     rows, max_model_len = scratch.lists.shape
@@ -182,20 +182,23 @@ def decode_attention(
         count = part.stop - start
         list_lens = scratch.list_lens[:count]
         if not listed:
+            # Without several queries a request is a row, and each call has its own.
+            requests = part if query_start_loc is None else slice(None)
             build_decode_lists(
                 slot_mapping[part],
                 key_groups[part],
                 store,
                 query_groups[part],
-                cache.block_table if requests is not None else cache.block_table[part],
+                cache.block_table[requests],
                 cache.block_size,
-                seq_lens[part],
+                seq_lens[requests],
                 config,
                 scratch.progress,
                 scratch.lists[:count],
                 list_lens,
                 totals,
-                None if requests is None else requests[part],
+                query_start_loc,
+                start,
             )
         attention(
             query[part],

@@ -60,27 +60,45 @@ def _members(store, table, position, stop, block_size, wanted):
 
 
 # A call for a part of the batch begins anywhere in these.
-ROWS = ["slot_mapping", "key_groups", "query_groups", "block_table", "requests", "seq_lens"]
+ROWS = ["slot_mapping", "key_groups", "query_groups", "block_table", "query_start_loc", "seq_lens"]
+
+
+@triton.jit
+def _request_of(query, query_start_loc, num_requests, seq_lens, tile: tl.constexpr):
+    lane = tl.arange(0, tile)
+    begun = 0
+    for first in range(0, num_requests + 1, tile):
+        at = first + lane
+        starts = tl.load(query_start_loc + at, mask=at <= num_requests, other=2**31 - 1)
+        begun += tl.sum((starts <= query).to(tl.int32), axis=0)
+    # The last request that has begun; behind the last query's end, which padding is, none.
+    request = begun - 1
+    real = request < num_requests
+    later = tl.load(query_start_loc + request + 1, mask=real, other=0) - 1 - query
+    num_keys = tl.load(seq_lens + request, mask=real, other=0) - later
+    return tl.where(real, request, 0), tl.where(real, tl.maximum(num_keys, 0), 0)
 
 
 @triton.jit(
-    do_not_specialize=["block_table_stride", "lists_stride", "budget"], do_not_specialize_on_alignment=ROWS
+    do_not_specialize=["block_table_stride", "num_requests", "first_query", "lists_stride", "budget"],
+    do_not_specialize_on_alignment=ROWS,
 )
 def _list_kernel(
-    slot_mapping, key_groups, store, query_groups, block_table, block_table_stride, block_size, requests,
-    seq_lens, counts, done, lists, lists_stride, list_lens, totals, dense_below, window, sink, budget,
-    parts: tl.constexpr, tile: tl.constexpr,
+    slot_mapping, key_groups, store, query_groups, block_table, block_table_stride, block_size,
+    query_start_loc, num_requests, first_query, seq_lens, counts, done, lists, lists_stride, list_lens,
+    totals, dense_below, window, sink, budget, parts: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.program_id(1)
-    num_keys = tl.load(seq_lens + row)
+    if query_start_loc is None:
+        request = row
+        num_keys = tl.load(seq_lens + row)
+    else:
+        request, num_keys = _request_of(first_query + row, query_start_loc, num_requests, seq_lens, tile)
     position = num_keys - 1
     window_start = tl.where(position < dense_below, 0, tl.maximum(position - window, 0))
     num_sinks = tl.minimum(sink, window_start)
     far_start = num_sinks + num_keys - window_start
-    request = row
-    if requests is not None:
-        request = tl.load(requests + row)
     table = block_table + request.to(tl.int64) * block_table_stride
     out = lists + row.to(tl.int64) * lists_stride
     lane = tl.arange(0, tile)
@@ -153,7 +171,8 @@ def build_decode_lists(
     lists: torch.Tensor,
     list_lens: torch.Tensor,
     totals: torch.Tensor,
-    requests: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    first_query: int = 0,
 ) -> None:
     """Store the groups of each query's token and list the slots that it attends to.
 
@@ -164,20 +183,24 @@ def build_decode_lists(
         query_groups: `[>= num_queries]`, Q of the queries.
         block_table: `[num_requests, max_num_blocks]`, int32.
         block_size: Slots per block.
-        seq_lens: `[num_queries]`, int32, tokens up to and with the query's own; 0 marks padding.
+        seq_lens: `[num_requests]`, int32, tokens of each request up to and with its last query's; 0 marks
+            padding.
         config: The mask's settings.
         progress: Zeros, which it leaves behind.
         lists: `[num_queries, max_model_len]`, int32; receives the slots.
         list_lens: `[num_queries]`, int32; receives how many.
         totals: `[4]`, int64; the last two count the keys there are and the keys listed.
-        requests: `[num_queries]`, int32, the request of each query, if some have several: then their groups
-            must have been stored before. None: every request has one query.
+        query_start_loc: `[num_requests + 1]`, int32, where each request's queries begin, if some have
+            several: then their groups must have been stored before. Queries behind the last are padding.
+            None: every request has one query.
+        first_query: The first one's number in `query_start_loc`.
     """
     num_queries = len(list_lens)
     parts = decode_parts(num_queries)
     budget = NO_BUDGET if config.decode_budget is None else config.decode_budget
     _list_kernel[(num_queries, parts)](
         slot_mapping, key_groups, store, query_groups, block_table, block_table.stride(0), block_size,
-        requests, seq_lens, progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
+        query_start_loc, 0 if query_start_loc is None else len(query_start_loc) - 1, first_query, seq_lens,
+        progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
         config.dense_below, config.window, config.sink, budget, parts=parts, tile=TILE, num_warps=4,
     )  # fmt: skip

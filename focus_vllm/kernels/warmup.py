@@ -101,6 +101,6 @@ def compile_kernels(
             config,
             decode,
             totals,
-            slots.int() if several else None,
+            torch.arange(size + 1, dtype=torch.int32, device=query.device) if several else None,
         )
     write_stores(address_of(store, query_groups), dtype, slots, totals)

@@ -120,6 +120,7 @@ def main():
     result["after"] = llm.collective_rpc("focus_stats")[0]
     result["prompt"] = tokens
     result["preemptions"] = len(preempted)
+    result["graphs"] = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
     torch.save({"result": result, "groups": stored[-1]}, sys.argv[2])
 
 main()
@@ -188,6 +189,7 @@ def test_first_token_does_not_depend_on_batch_chunks_graphs_or_cached_prefixes(r
 @pytest.mark.parametrize("name", ["preempted", "drafts"])
 def test_recomputed_requests_and_verified_drafts_go_on_as_alone(runs, name):
     assert runs[name]["result"]["preemptions"] > 0 or name == "drafts"
+    assert runs[name]["result"]["graphs"] == runs["stock"]["result"]["graphs"] == "FULL_AND_PIECEWISE"
     differences = []
     for ours, expected in zip(texts_of(runs, name)[1], texts_of(runs, "focus")[0], strict=True):
         for token, value, expected_token, expected_value in zip(*ours, *expected, strict=True):
