@@ -25,7 +25,7 @@ from test_kernels import (
 from focus_vllm.config import FocusConfig
 from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, LayerFocus
-from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
+from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.near import Scores
 from focus_vllm.kernels.plan import SeparateQueries
 from focus_vllm.kernels.store import address_of
@@ -188,7 +188,7 @@ def test_batch_of_decodes_and_dense_and_routed_chunks_follows_the_definition(bac
     assert counts == pairs_by_phase(batch)
 
 
-@pytest.mark.parametrize("window", [64, 1])
+@pytest.mark.parametrize("window", [64, 3])
 @pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])
 @pytest.mark.usefixtures("stand_ins")
 def test_drafts_are_verified_by_the_definition_however_many_the_host_thinks_were_accepted(
@@ -200,22 +200,6 @@ def test_drafts_are_verified_by_the_definition_however_many_the_host_thinks_were
     assert_matches_definition(batch, out, from_position=0)
     assert counts == pairs_by_phase(batch, most_drafts=3)
     assert torch.equal(batch.store, stored)
-
-
-@pytest.mark.usefixtures("stand_ins")
-def test_groups_of_drafts_are_stored_before_they_are_listed(backend, monkeypatch):
-    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 3])
-    slots, stored = new_slots(batch), batch.store.clone()
-    listed = []
-
-    def lists(*args: Any) -> None:
-        listed.append(torch.equal(args[2][slots], stored[slots]))
-        build_decode_lists(*args)
-
-    monkeypatch.setattr("focus_vllm.kernels.attention.build_decode_lists", lists)
-    out, _ = forward(backend, batch, most_drafts=3)
-    assert_matches_definition(batch, out, from_position=0)
-    assert listed == [True]
 
 
 @pytest.mark.parametrize("seq_lens", [[30, 700, 102], [30, 50, 61]])
@@ -247,6 +231,31 @@ def test_what_a_graph_captured_of_drafts_serves_later_batches_that_are_padded(ba
     assert counts == {"dense_queries": 0} | {
         name: counted["decode"] for name, counted in pairs_by_phase(batch, most_drafts=3).items()
     }
+
+
+def test_a_window_without_room_for_the_drafts_is_refused(backend, monkeypatch):
+    """Their groups are stored while the lists are made, which then must not need them."""
+    layer = layer_of(backend, batch := batch_of(settings("1/1", window=2), **DRAFTS), new_slots(batch))
+    builder = backend.FocusFlashAttentionMetadataBuilder
+
+    def start(self: Any, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        self.vllm_config = vllm_config
+
+    monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", start)
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(
+            static_forward_context={"layers.0.attn": SimpleNamespace(impl=layer)},
+            max_cudagraph_capture_size=8,
+        ),
+        speculative_config=SimpleNamespace(num_speculative_tokens=3, parallel_drafting=False),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        scheduler_config=VLLM_CONFIG.scheduler_config,
+    )
+    arguments = SimpleNamespace(), ["layers.0.attn"], config, torch.device(DEVICE)
+    with pytest.raises(FocusUnsupportedError, match="window is 2, and a step has up to 3 drafts"):
+        builder(*arguments)
+    config.speculative_config.num_speculative_tokens = 2
+    assert builder(*arguments).reorder_batch_threshold == 3
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -293,9 +302,13 @@ def test_batch_of_decodes_alone_follows_the_definition(backend):
     assert counts == pairs_by_phase(batch)
 
 
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 4, 2]])
 @pytest.mark.usefixtures("stand_ins")
-def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch):
-    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700, 101], query_lens=[1, 1, 1])
+def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch, query_lens):
+    batch = batch_of(
+        settings("1/1", dense_below=100, window=3), seq_lens=[30, 700, 102], query_lens=query_lens
+    )
+    stored = batch.store.clone()
     scratch: dict[Any, list[torch.Tensor]] = {}  # what is listed ahead is found again in the same memory
 
     class KeptWorkspace(Workspace):
@@ -305,7 +318,7 @@ def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch):
     monkeypatch.setattr(backend, "current_workspace_manager", KeptWorkspace)
     slots = new_slots(batch)
     impl = layer_of(backend, batch, slots)
-    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity())
+    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity(), most_drafts=3)
     impl.list_decodes(metadata)
     assert impl.listed is None, "nobody knows yet how long a block is"
     impl.focus.block_size = batch.cache.shape[1]
@@ -314,7 +327,9 @@ def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch):
     out = torch.full_like(batch.query, float("nan"))
     impl.forward(None, batch.query, None, None, batch.cache.transpose(1, 2), metadata, out)
     assert_matches_definition(batch, out, from_position=0)
-    assert pairs_by_phase(batch)["selected_tokens"] == impl.focus.counts.read()["selected_tokens"]
+    selected = pairs_by_phase(batch, most_drafts=3)["selected_tokens"]
+    assert selected == impl.focus.counts.read()["selected_tokens"]
+    assert torch.equal(batch.store, stored)
     assert impl.listed is None
 
 

@@ -241,6 +241,8 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         impls = [context[name].impl for name in sorted(layer_names, key=extract_layer_index)]
         routed = [impl for impl in impls if impl.focus is not None]
         self.focus_config = _config(routed[0].focus) if routed else None
+        if self.focus_config is not None:
+            _check_drafts(self.focus_config.window, (self.reorder_batch_threshold or 1) - 1)
         self.capacity = routed[0].scratch_capacity() if routed else None
         self.stores = Stores([impl.focus for impl in routed])
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
@@ -302,6 +304,13 @@ def _decode_queries(common: CommonAttentionMetadata, num_decodes: int) -> tuple[
     return int(starts[-1]), common.query_start_loc[: num_decodes + 1]
 
 
+def _check_drafts(window: int, drafts: int) -> None:
+    if window < drafts:
+        raise FocusUnsupportedError(
+            [f"window is {window}, and a step has up to {drafts} drafts: it must be at least {drafts}"]
+        )
+
+
 def _config(focus: LayerFocus) -> FocusConfig:
     return focus.config if focus.bias.dim() == 1 else SeparateQueries.of(focus.config)
 
@@ -322,9 +331,8 @@ def _dense_pairs(
     return int(pairs[~decodes].sum()), int(pairs[decodes].sum())
 
 
-def _one_query_each(batch: FocusBatch) -> bool:
-    """Return whether a batch is decodes alone, of one query each."""
-    return batch.dense is None and not batch.waves and batch.query_start_loc is None
+def _decodes_alone(batch: FocusBatch) -> bool:
+    return batch.dense is None and not batch.waves
 
 
 def _prefill_chunks(common: CommonAttentionMetadata, num_decodes: int) -> list[Chunk]:
@@ -419,10 +427,10 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         Leaves other batches to `forward`, and lists that do not fit in the scratch buffer together.
         """
         focus, batch = self.focus, metadata.focus
-        if focus is None or focus.store is None or batch is None or not _one_query_each(batch):
+        if focus is None or focus.store is None or batch is None or not _decodes_alone(batch):
             return
         assert self.vllm_config is not None
-        dtype, count = self.vllm_config.model_config.dtype, batch.num_decodes
+        dtype, count = self.vllm_config.model_config.dtype, batch.num_decode_tokens
         assert isinstance(dtype, torch.dtype)
         scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, dtype)
         if gather is not None or count > len(scratch.lists) or not focus.block_size:
@@ -440,6 +448,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             scratch.lists,
             scratch.list_lens[:count],
             self._totals(focus),
+            batch.query_start_loc,
         )
         self.listed = batch
 
@@ -448,7 +457,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus.address = address_of(focus.store, focus.key_groups)
 
     def _store_groups(self, metadata: FocusFlashAttentionMetadata | None) -> None:
-        """Store the groups of this step's tokens, unless all are single, whose lists' kernel stores them.
+        """Store the groups of this step's tokens, unless all are decodes', whose lists' kernel stores them.
 
         Of a dense step nobody reads them until it is over: the last layer stores those of all.
         """
@@ -460,7 +469,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             if focus is not metadata.stores.layers[-1]:
                 return
             addresses = metadata.stores.addresses()
-        elif not _one_query_each(metadata.focus):
+        elif not _decodes_alone(metadata.focus):
             assert focus.address is not None
             addresses = focus.address
         else:
@@ -610,8 +619,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             decodes = slice(0, batch.num_decode_tokens)
             scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, output.dtype)
             # A schedule is for so many sequences, and of any lengths only if the most splits are given.
-            alone = _one_query_each(batch) and batch.num_decodes <= len(scratch.list_lens)
-            given = alone and gather is None and metadata.max_num_splits > 1
+            one_call = batch.num_decodes <= len(scratch.list_lens)
+            one_query_each = _decodes_alone(batch) and batch.query_start_loc is None
+            given = one_call and one_query_each and gather is None and metadata.max_num_splits > 1
             schedule = metadata.scheduler_metadata if given else None
             decode_attention(
                 self._attention(scores, metadata.max_num_splits, gather, schedule),

@@ -143,7 +143,7 @@ def _list_kernel(
                 at = first + lane
                 slots = _slots(table, at, at < num_sinks, block_size)
                 tl.store(out + at, slots, mask=at < num_sinks)
-            # The new token is in its own window, so its programs do not read what they store.
+            # A step's tokens are in the windows of all its queries: no program reads what another stores.
             tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
         if part == active - 1:
             length = far_start + tl.minimum(before + mine, budget)
@@ -191,8 +191,8 @@ def build_decode_lists(
         list_lens: `[num_queries]`, int32; receives how many.
         totals: `[4]`, int64; the last two count the keys there are and the keys listed.
         query_start_loc: `[num_requests + 1]`, int32, where each request's queries begin, if some have
-            several: then their groups must have been stored before. Queries behind the last are padding.
-            None: every request has one query.
+            several, of which the window must have room for all. Queries behind the last are padding. None:
+            every request has one query.
         first_query: The first one's number in `query_start_loc`.
     """
     num_queries = len(list_lens)
