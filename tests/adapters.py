@@ -1,11 +1,12 @@
-"""Random adapters for tests that need routing, not quality."""
+"""Random adapters, and a random EAGLE head, for tests that need routing or drafts, not quality."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from focus_vllm.adapter import Adapter, BaseModel, save_adapter
 from focus_vllm.config import FocusConfig
@@ -39,3 +40,20 @@ def random_adapter(
     base_model = BaseModel.from_config(model.name, base)
     save_adapter(Adapter(config=focus, base_model=base_model, layers=routers), path)
     return path
+
+
+def random_eagle_head(model: Path, folder: Path) -> Path:
+    """Write a drafter that goes on from a model's last hidden states, badly, and return its folder."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(model, num_hidden_layers=1)
+    layer = AutoModelForCausalLM.from_config(config, dtype=torch.float32).state_dict()
+    weights = {
+        name.removeprefix("model."): weight
+        for name, weight in layer.items()
+        if ".layers." in name and "input_layernorm" not in name
+    }
+    identity = torch.eye(config.hidden_size)
+    weights["fc.weight"] = torch.cat([torch.zeros_like(identity), identity], dim=1)
+    config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors")
+    return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import DEMO, random_adapter
+from adapters import DEMO, random_adapter, random_eagle_head
 from engines import StoredGroups, engine, generate, logprobs, prompt
 from reference_check import TOLERANCE, check_against_reference
 from transformers import AutoModelForCausalLM
@@ -132,10 +132,13 @@ def test_decode_after_a_long_prompt_equals_the_reference(
     [
         {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1},
         {"method": "draft_model", "model": str(DEMO)},  # dense: it is not routed
+        {"method": "eagle", "model": "eagle"},
     ],
 )
-def test_drafts_that_are_verified_equal_the_reference(adapter, hf_model, monkeypatch, drafts):
+def test_drafts_that_are_verified_equal_the_reference(adapter, hf_model, tmp_path, monkeypatch, drafts):
     drafts = {**drafts, "num_speculative_tokens": 3}
+    if drafts["method"] == "eagle":
+        drafts["model"] = str(random_eagle_head(DEMO, tmp_path / drafts["model"]))
     prompts = [(prompt(300) * 20)[:length] for length in (6000, 500)]
     with engine(DEMO, {"adapter": str(adapter)}, speculative_config=drafts, disable_log_stats=False) as llm:
         stored = StoredGroups(llm, monkeypatch)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import random_eagle_head
 
 from focus_vllm.adapter import Adapter, load_adapter, save_adapter
 from focus_vllm.reference import focus_mask
@@ -28,6 +29,8 @@ FOCUS = {"adapter": str(DEMO / "focus.safetensors"), "top_k": 1}
 # With one group per token, and centroids that keys and queries share, the store holds queries' groups too.
 # Otherwise those are kept as each step leaves them, which graphs do without Python.
 SHARED = {"adapter": "shared.safetensors", "top_k": 1}
+NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1, "num_speculative_tokens": 3}
+EAGLE = {"method": "eagle", "model": "eagle", "num_speculative_tokens": 3}
 ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     "stock": (None, {"enable_prefix_caching": False}),
     "focus": (FOCUS, {"enable_prefix_caching": False}),
@@ -36,16 +39,9 @@ ENGINES: dict[str, tuple[dict | None, dict[str, Any]]] = {
     ),
     # The prompts of the batch fill 683 of 690 blocks of 16 tokens; 40 tokens more of each do not fit.
     "preempted": (FOCUS, {"enable_prefix_caching": False, "num_gpu_blocks_override": 690}),
-    "drafts": (
-        FOCUS,
-        {
-            "enable_prefix_caching": False,
-            "speculative_config": {
-                "method": "ngram", "num_speculative_tokens": 3,
-                "prompt_lookup_max": 3, "prompt_lookup_min": 1,
-            },
-        },
-    ),
+    "n-gram drafts": (FOCUS, {"enable_prefix_caching": False, "speculative_config": NGRAM}),
+    # By vLLM's second model runner, as everything here but n-grams.
+    "EAGLE's drafts": (FOCUS, {"enable_prefix_caching": False, "speculative_config": EAGLE}),
     "wide": ({**FOCUS, "window": 8192}, {"enable_prefix_caching": False}),
     "shared": (SHARED, {"enable_prefix_caching": False}),
     "stock, FP8": (None, {"enable_prefix_caching": False, "kv_cache_dtype": "fp8"}),
@@ -134,10 +130,16 @@ def runs(tmp_path_factory) -> dict[str, dict[str, Any]]:
     demo = load_adapter(DEMO / "focus.safetensors")
     shared = {index: Router(*_of_keys(router)) for index, router in demo.layers.items()}
     save_adapter(dataclasses.replace(demo, layers=shared), folder / "shared.safetensors")
+    random_eagle_head(DEMO / "model", folder / "eagle")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     processes = {}
     for number, (name, (focus, arguments)) in enumerate(ENGINES.items()):
         focus = focus and {**focus, "adapter": str(folder / focus["adapter"])}
+        if "model" in (drafts := arguments.get("speculative_config", {})):
+            arguments = {
+                **arguments,
+                "speculative_config": {**drafts, "model": str(folder / drafts["model"])},
+            }
         texts = [json.dumps(value) for value in (focus, arguments, ALONE + BATCH, FORCED)]
         log = (folder / f"{number}.log").open("w")
         command = [sys.executable, "-c", RUN, str(DEMO / "model"), str(folder / f"{number}.pt"), *texts]
@@ -186,9 +188,9 @@ def test_first_token_does_not_depend_on_batch_chunks_graphs_or_cached_prefixes(r
             assert ours[1][0] == pytest.approx(expected[1][0], abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["preempted", "drafts"])
+@pytest.mark.parametrize("name", ["preempted", "n-gram drafts", "EAGLE's drafts"])
 def test_recomputed_requests_and_verified_drafts_go_on_as_alone(runs, name):
-    assert runs[name]["result"]["preemptions"] > 0 or name == "drafts"
+    assert runs[name]["result"]["preemptions"] > 0 or "drafts" in name
     assert runs[name]["result"]["graphs"] == runs["stock"]["result"]["graphs"] == "FULL_AND_PIECEWISE"
     differences = []
     for ours, expected in zip(texts_of(runs, name)[1], texts_of(runs, "focus")[0], strict=True):
