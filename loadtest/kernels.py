@@ -506,12 +506,17 @@ def main() -> None:
     parser.add_argument("--only", choices=["prefill", "decode", "profile"], help="a part of the table")
     parser.add_argument("--limit", type=float, default=540, help="start no case after so many seconds")
     parser.add_argument(
+        "--head-size", type=int, default=128, help="channels of the 32 query and 8 key-value heads"
+    )
+    parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes, in the interpreter if there is no GPU"
     )
     args = parser.parse_args()
     started = time.monotonic()
-    shape = Shape(4, 2, 64) if args.smoke else Shape()
+    shape = Shape(4, 2, 64) if args.smoke else Shape(head_size=args.head_size)
     before = read_json(args.output)
+    if (measured := before.get("shape", dataclasses.asdict(shape))) != dataclasses.asdict(shape):
+        parser.error(f"{args.output} has times of {measured}, not of {shape}: give another --output")
     rows, profiles = before.get("rows", []), before.get("profiles", {})
     failed: list[str] = []
     content: dict[str, Any] = {

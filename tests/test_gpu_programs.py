@@ -77,6 +77,12 @@ def test_kernels_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "measure", None)
     kernels.main()
     assert json.loads(output.read_text())["rows"] == written["rows"]
+    monkeypatch.setattr(sys, "argv", ["kernels", "--head-size", "256", "--output", str(output)])
+    with pytest.raises(SystemExit):
+        kernels.main()
+    message = capsys.readouterr().err
+    assert "'head_size': 64" in message
+    assert "head_size=256" in message
 
 
 def test_a_wrong_result_is_not_reported(monkeypatch):
