@@ -25,6 +25,7 @@ from test_kernels import (
 from focus_vllm.config import FocusConfig
 from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, LayerFocus
+from focus_vllm.kernels import decode_lists
 from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.near import Scores
 from focus_vllm.kernels.plan import SeparateQueries
@@ -173,6 +174,7 @@ class Scheduled(SlowFlashAttention):
 
 @pytest.fixture
 def stand_ins(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_lists, "PROGRAMS", 32)  # the interpreter runs them one after another
     monkeypatch.setattr(backend, "FlashAttention3", Scheduled)
     monkeypatch.setattr(backend, "FlashAttention2", lambda scores: SlowFlashAttention(scores, 16))
     monkeypatch.setattr(backend, "current_workspace_manager", Workspace)
