@@ -298,7 +298,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
 def _decode_queries(common: CommonAttentionMetadata, num_decodes: int) -> tuple[int, torch.Tensor | None]:
     """Return how many queries the decodes have and, if some have several, where each one's begin."""
     starts = common.query_start_loc_cpu[: num_decodes + 1]
-    if not (starts.diff() > 1).any():
+    if common.max_query_len == 1 or not (starts.diff() > 1).any():
         return num_decodes, None
     # The lengths that go with them are the device's: those on the host count on every draft.
     return int(starts[-1]), common.query_start_loc[: num_decodes + 1]
