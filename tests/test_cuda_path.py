@@ -235,31 +235,6 @@ def test_what_a_graph_captured_of_drafts_serves_later_batches_that_are_padded(ba
     }
 
 
-def test_a_window_without_room_for_the_drafts_is_refused(backend, monkeypatch):
-    """Their groups are stored while the lists are made, which then must not need them."""
-    layer = layer_of(backend, batch := batch_of(settings("1/1", window=2), **DRAFTS), new_slots(batch))
-    builder = backend.FocusFlashAttentionMetadataBuilder
-
-    def start(self: Any, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
-        self.vllm_config = vllm_config
-
-    monkeypatch.setattr(backend.FlashAttentionMetadataBuilder, "__init__", start)
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(
-            static_forward_context={"layers.0.attn": SimpleNamespace(impl=layer)},
-            max_cudagraph_capture_size=8,
-        ),
-        speculative_config=SimpleNamespace(num_speculative_tokens=3, parallel_drafting=False),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        scheduler_config=VLLM_CONFIG.scheduler_config,
-    )
-    arguments = SimpleNamespace(), ["layers.0.attn"], config, torch.device(DEVICE)
-    with pytest.raises(FocusUnsupportedError, match="window is 2, and a step has up to 3 drafts"):
-        builder(*arguments)
-    config.speculative_config.num_speculative_tokens = 2
-    assert builder(*arguments).reorder_batch_threshold == 3
-
-
 @pytest.mark.usefixtures("stand_ins")
 def test_a_batch_without_drafts_is_not_taken_apart(backend):
     batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700, 101], query_lens=[1, 1, 1])

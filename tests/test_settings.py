@@ -29,6 +29,8 @@ def vllm_config(focus, **changes):
         "prefill_context_parallel_size": 1,
         "use_ubatching": False,
         "cache_dtype": "auto",
+        "device_type": "cpu",
+        "speculative_config": None,
         **changes,
     }
     parts = SimpleNamespace(**values)
@@ -37,9 +39,10 @@ def vllm_config(focus, **changes):
         model_config=SimpleNamespace(model="demo", hf_config=parts.hf_config, use_mla=parts.use_mla),
         parallel_config=parts,
         cache_config=parts,
-        device_config=SimpleNamespace(device_type="cpu"),
+        device_config=parts,
         kv_transfer_config=parts.kv_transfer_config,
         lora_config=parts.lora_config,
+        speculative_config=parts.speculative_config,
     )
 
 
@@ -81,6 +84,20 @@ def test_everything_unsupported_is_refused_in_one_message(adapter):
         assert part in message
     assert "hidden_size 256" in message
     assert "the model has 64" in message
+
+
+@pytest.mark.parametrize(("parallel_drafting", "most"), [(False, 3), (True, 6)])
+def test_on_gpus_a_window_without_room_for_the_drafts_is_refused(adapter, parallel_drafting, most):
+    drafts = SimpleNamespace(num_speculative_tokens=3, parallel_drafting=parallel_drafting)
+
+    def settings(window, **changes):
+        focus = {"adapter": str(adapter), "window": window}
+        return read_settings(vllm_config(focus, speculative_config=drafts, **changes))
+
+    with pytest.raises(FocusUnsupportedError, match=f"window is {most - 1}, .* up to {most} drafts"):
+        settings(most - 1, device_type="cuda")
+    assert settings(most, device_type="cuda").config.window == most
+    assert settings(most - 1).config.window == most - 1
 
 
 @pytest.mark.parametrize(

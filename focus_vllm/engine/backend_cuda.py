@@ -241,8 +241,6 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         impls = [context[name].impl for name in sorted(layer_names, key=extract_layer_index)]
         routed = [impl for impl in impls if impl.focus is not None]
         self.focus_config = _config(routed[0].focus) if routed else None
-        if self.focus_config is not None:
-            _check_drafts(self.focus_config.window, (self.reorder_batch_threshold or 1) - 1)
         self.capacity = routed[0].scratch_capacity() if routed else None
         self.stores = Stores([impl.focus for impl in routed])
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
@@ -302,13 +300,6 @@ def _decode_queries(common: CommonAttentionMetadata, num_decodes: int) -> tuple[
         return num_decodes, None
     # The lengths that go with them are the device's: those on the host count on every draft.
     return int(starts[-1]), common.query_start_loc[: num_decodes + 1]
-
-
-def _check_drafts(window: int, drafts: int) -> None:
-    if window < drafts:
-        raise FocusUnsupportedError(
-            [f"window is {window}, and a step has up to {drafts} drafts: it must be at least {drafts}"]
-        )
 
 
 def _config(focus: LayerFocus) -> FocusConfig:

@@ -110,4 +110,16 @@ def _refusals(vllm_config: VllmConfig, adapter: Adapter, config: FocusConfig) ->
 
         layout = envs.VLLM_KV_CACHE_LAYOUT
         checks.append((layout == "HND", "the KV cache layout is HND: unset VLLM_KV_CACHE_LAYOUT"))
+        # The groups of a step's drafts are stored while its lists are made, which must not need them.
+        drafts = _most_drafts(vllm_config)
+        few = f"window is {config.window}, and a step has up to {drafts} drafts: it must be at least {drafts}"
+        checks.append((config.window < drafts, few))
     return reasons + [reason for unsupported, reason in checks if unsupported]
+
+
+def _most_drafts(vllm_config: VllmConfig) -> int:
+    """Return the most tokens besides one that a step verifies of a request, as vLLM's builders count them."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return 0
+    return (2 if speculative.parallel_drafting else 1) * (speculative.num_speculative_tokens or 0)
