@@ -529,7 +529,10 @@ def main() -> None:
         f"{'phase':13}{'context':>9}{'batch':>6}{'K/kk/k':>8}{'below':>6}{'dense us':>12}{'focus us':>12}"
         f"{'ratio':>9}{'dense err':>10}{'focus err':>10}{'read':>8}"
     )
-    profiled = [] if args.smoke else [("decode", 8, 131072), ("prefill", 1, 262144), ("prefill", 1, 16384)]
+    decodes, prefills = ((8, 131072), (1, 8192), (1, 524288)), (262144, 16384)
+    profiled = [] if args.smoke else [
+        *(("decode", *case) for case in decodes), *(("prefill", 1, context) for context in prefills)
+    ]  # fmt: skip
     work: list[tuple[str, Case]] = [
         ("row", case) for case in (smoke_cases() if args.smoke else cases())
         if args.only is None or case.phase.startswith(args.only)

@@ -33,6 +33,12 @@ PRIMITIVES, NUM_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
 and keeps the last 1,024. That is what made workers grow, and glibc's heap grew on as new ones replaced
 them. 128 is what vLLM keeps in each layer, 32 numbers of tokens, for a layer's four products.
 """
+GRAPHS, MOST_GRAPH_TOKENS = "--max-cudagraph-capture-size", "1024"
+"""Steps of so many tokens still run in CUDA graphs, twice what vLLM chooses on Hopper. Up to there a GPU
+is done with a layer of an 8B model before its host has launched the next, and routing is one more launch.
+"""
+GRAPH_FLAGS = ("--cudagraph-capture-sizes", "--compilation-config", "-cc")
+"""What vLLM takes together with GRAPHS only if both say the same."""
 PLUGIN = "focus"
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins", "vllm.stat_logger_plugins")
 OTHER_PLUGIN_GROUPS = (
@@ -85,7 +91,7 @@ def plan_launch(
     config = dict(additional_config)
     # vLLM takes the last of a repeated flag: defaults first, then the user's, then what Focus needs.
     # Of several --middleware the last is outermost: nothing of the user's runs before the gate.
-    arguments = [model.location, *_defaults(model, vllm_arguments, settings), *vllm_arguments]
+    arguments = [model.location, *_defaults(model, adapter, vllm_arguments, settings), *vllm_arguments]
     arguments += ["--middleware", GATE]
     if adapter:
         config["focus"] = {**config.get("focus", {}), "adapter": str(adapter)}
@@ -198,7 +204,9 @@ def _override_problems(adapter: Path, overrides: dict[str, Any]) -> list[str]:
     return []
 
 
-def _defaults(model: Model, vllm_arguments: Sequence[str], settings: Settings) -> list[str]:
+def _defaults(
+    model: Model, adapter: Path | None, vllm_arguments: Sequence[str], settings: Settings
+) -> list[str]:
     if "--config" in vllm_arguments:  # vLLM puts the file's settings first, so defaults would win over them
         return []
     # The gate writes a better access log.
@@ -210,6 +218,8 @@ def _defaults(model: Model, vllm_arguments: Sequence[str], settings: Settings) -
     if model.location == str(DEMO_FOLDER):
         # The demo should answer within seconds; compiling it costs more than it gains.
         defaults.append("--enforce-eager")
+    elif adapter and not any(flag.partition(".")[0] in GRAPH_FLAGS for flag in _flags(vllm_arguments)):
+        defaults += [GRAPHS, MOST_GRAPH_TOKENS]
     return defaults
 
 

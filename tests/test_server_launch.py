@@ -189,6 +189,36 @@ def test_adapter_none_serves_stock_attention(capsys: pytest.CaptureFixture[str],
     assert command["arguments"] == [*DEFAULTS, "--middleware", "server.gate.Gate"]
 
 
+GRAPHS = "--max-cudagraph-capture-size"
+
+
+def test_graphs_are_captured_for_steps_whose_launches_take_longest(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, adapter_file: Path
+) -> None:
+    served = "--model", model_folder, "--adapter", adapter_file
+    assert value_of(dry_run(capsys, *served)["arguments"], GRAPHS) == "1024"
+    assert value_of(dry_run(capsys, *served, GRAPHS, "64")["arguments"], GRAPHS) == "64"
+    assert GRAPHS not in dry_run(capsys, "--model", model_folder, "--adapter", "none")["arguments"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cudagraph-capture-sizes", "1", "2"],
+        ["--cudagraph_capture_sizes=1"],
+        ["--compilation-config", '{"max_cudagraph_capture_size": 8}'],
+        ["--compilation-config.cudagraph_mode", "NONE"],
+        ["-cc.max_cudagraph_capture_size=8"],
+    ],
+)
+def test_graphs_that_the_user_chose_otherwise_are_left_to_them(
+    capsys: pytest.CaptureFixture[str], model_folder: Path, adapter_file: Path, flags: list[str]
+) -> None:
+    """vLLM refuses a size that is given twice in different ways."""
+    command = dry_run(capsys, "--model", model_folder, "--adapter", adapter_file, *flags)
+    assert GRAPHS not in command["arguments"]
+
+
 def test_config_file_of_vllm_is_not_overridden_by_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     command = dry_run(capsys, "--adapter", "none", "--config", "settings.yaml")
     assert command["arguments"] == ["--config", "settings.yaml", "--middleware", "server.gate.Gate"]
