@@ -33,7 +33,7 @@ if "--smoke" in sys.argv:  # before Triton is imported
 import torch
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.engine.overlap import beside, rejoin
+from focus_vllm.engine.overlap import Beside, beside, rejoin
 from focus_vllm.kernels.attention import (
     DecodeScratch,
     FlashAttention,
@@ -237,11 +237,14 @@ class Layer:
         """Run everything that a routed layer does."""
         batch, config = self.batch, self.case.config
         if self.projection is not None:
-            with beside(self.hidden.device):
+            device = self.hidden.device
+            with beside(device, Beside.ROUTING):
                 self._route()
-                self._list()
+                with beside(device, Beside.LISTS):
+                    self._list()
             torch.mm(self.hidden, self.projection, out=self.projected)
-            rejoin(self.hidden.device)
+            rejoin(device, Beside.ROUTING)
+            rejoin(device, Beside.LISTS)
         elif config.dense_below < self.case.context:
             self._route()
         if self.case.decodes:

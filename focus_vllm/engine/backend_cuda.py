@@ -37,6 +37,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.engine.flash import FlashAttention2, FlashAttention3
+from focus_vllm.engine.overlap import Beside, beside, rejoin
 from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import LayerFocus
 from focus_vllm.kernels.attention import (
@@ -426,21 +427,22 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, dtype)
         if gather is not None or count > len(scratch.lists) or not focus.block_size:
             return
-        build_decode_lists(
-            metadata.slot_mapping,
-            focus.key_groups,
-            focus.store,
-            focus.query_groups,
-            metadata.block_table,
-            focus.block_size,
-            metadata.seq_lens,
-            batch.config,
-            scratch.progress,
-            scratch.lists,
-            scratch.list_lens[:count],
-            self._totals(focus),
-            batch.query_start_loc,
-        )
+        with beside(focus.store.device, Beside.LISTS):
+            build_decode_lists(
+                metadata.slot_mapping,
+                focus.key_groups,
+                focus.store,
+                focus.query_groups,
+                metadata.block_table,
+                focus.block_size,
+                metadata.seq_lens,
+                batch.config,
+                scratch.progress,
+                scratch.lists,
+                scratch.list_lens[:count],
+                self._totals(focus),
+                batch.query_start_loc,
+            )
         self.listed = batch
 
     def _new_store(self, focus: LayerFocus, num_slots: int, device: torch.device) -> None:
@@ -607,6 +609,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         scores, totals = self._scores(layer), self._totals(focus)
         cache = self._cache(kv_cache, metadata.block_table)
         if batch.num_decodes:
+            listed, self.listed = self.listed is batch, None
+            if listed:
+                rejoin(query.device, Beside.LISTS)
             decodes = slice(0, batch.num_decode_tokens)
             scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, output.dtype)
             # A schedule is for so many sequences, and of any lengths only if the most splits are given.
@@ -628,9 +633,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 scratch,
                 totals,
                 batch.query_start_loc,
-                listed=self.listed is batch,
+                listed=listed,
             )
-            self.listed = None
         if batch.dense is not None:
             pages = kv_cache.transpose(1, 2)
             self._attention(scores, metadata.max_num_splits, None)(

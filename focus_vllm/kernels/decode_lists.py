@@ -95,6 +95,7 @@ def _list_kernel(
         num_keys = tl.load(seq_lens + row)
     else:
         request, num_keys = _request_of(first_query + row, query_start_loc, num_requests, seq_lens, tile)
+    wanted = tl.load(query_groups + row).to(tl.int32)
     position = num_keys - 1
     window_start = tl.where(position < dense_below, 0, tl.maximum(position - window, 0))
     num_sinks = tl.minimum(sink, window_start)
@@ -102,25 +103,36 @@ def _list_kernel(
     table = block_table + request.to(tl.int64) * block_table_stride
     out = lists + row.to(tl.int64) * lists_stride
     lane = tl.arange(0, tile)
-    for first in range(window_start + part * tile, num_keys, parts * tile):
-        at = first + lane
-        slots = _slots(table, at, at < num_keys, block_size)
-        tl.store(out + num_sinks + at - window_start, slots, mask=at < num_keys)
 
     # The far tokens [sink, window_start) in equal shares; those that get none do nothing.
     tiles = tl.cdiv(tl.maximum(window_start - sink, 0), tile)
     each = tl.maximum(tl.cdiv(tiles, parts), 1)
     active = tl.maximum(tl.cdiv(tiles, each), 1)
+    stop = window_start - part * each * tile
+    start = tl.maximum(stop - each * tile, sink)
+    members = tl.zeros([tile], tl.int32)
+    for first in range(start, stop, tile):
+        _, member = _members(store, table, first + lane, stop, block_size, wanted)
+        members += member
+    mine = tl.sum(members, axis=0)
     if part < active:
-        stop = window_start - part * each * tile
-        start = tl.maximum(stop - each * tile, sink)
-        wanted = tl.load(query_groups + row).to(tl.int32)
-        members = tl.zeros([tile], tl.int32)
-        for first in range(start, stop, tile):
-            _, member = _members(store, table, first + lane, stop, block_size, wanted)
-            members += member
-        mine = tl.sum(members, axis=0)
         tl.atomic_xchg(counts + row * parts + part, mine + 1, sem="relaxed")
+
+    # While others count: what is attended to whatever its group.
+    for first in range(window_start + part * tile, num_keys, parts * tile):
+        at = first + lane
+        slots = _slots(table, at, at < num_keys, block_size)
+        tl.store(out + num_sinks + at - window_start, slots, mask=at < num_keys)
+    new_slot = tl.load(slot_mapping + row)
+    if part == 0:
+        for first in range(0, num_sinks, tile):
+            at = first + lane
+            slots = _slots(table, at, at < num_sinks, block_size)
+            tl.store(out + at, slots, mask=at < num_sinks)
+        # A step's tokens are in the windows of all its queries: no program reads what another stores.
+        tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
+
+    if part < active:
         other = tl.arange(0, parts)
         seen = tl.load(counts + row * parts + other, mask=other < part, other=1, volatile=True)
         while tl.min(seen, axis=0) == 0:
@@ -137,14 +149,6 @@ def _list_kernel(
                 index = before + mine - 1 - earlier - (tl.cumsum(member, axis=0) - member)
                 tl.store(out + far_start + index, slots, mask=(member != 0) & (index < budget))
                 earlier += tl.sum(member, axis=0)
-        new_slot = tl.load(slot_mapping + row)
-        if part == 0:
-            for first in range(0, num_sinks, tile):
-                at = first + lane
-                slots = _slots(table, at, at < num_sinks, block_size)
-                tl.store(out + at, slots, mask=at < num_sinks)
-            # A step's tokens are in the windows of all its queries: no program reads what another stores.
-            tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
         if part == active - 1:
             length = far_start + tl.minimum(before + mine, budget)
             tl.store(list_lens + row, length)
