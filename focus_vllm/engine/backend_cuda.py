@@ -361,14 +361,16 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        focus, num_slots = self.focus, kv_cache.shape[0] * kv_cache.shape[2]
+        focus = self.focus
         if focus is None:
             return
-        focus.block_size = kv_cache.shape[2]
-        if focus.store is None or len(focus.store) < num_slots:
+        num_blocks, _, focus.block_size, _ = kv_cache.shape
+        num_slots = num_blocks * focus.block_size
+        # A tensor's `len` takes four times as long as its shape, and every layer of every prefill comes here.
+        if focus.store is None or focus.store.shape[0] < num_slots:
             _eager_step_needed()
             self._new_store(focus, num_slots, kv_cache.device)
-        elif len(focus.store) > num_slots:
+        elif focus.store.shape[0] > num_slots:
             focus.store = focus.store[:num_slots]
 
     def forward(
