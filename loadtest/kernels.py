@@ -15,6 +15,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -454,22 +455,21 @@ def smoke_cases() -> list[Case]:
 
 
 def environment() -> dict[str, str]:
-    """Return what the numbers depend on."""
+    """Return what the numbers depend on; FOCUS_COMMIT names the commit where files were only copied."""
     import triton  # type: ignore[import-untyped]
     import vllm
 
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = os.environ.get("FOCUS_COMMIT", "unknown")
+    commit = os.environ.get("FOCUS_COMMIT", "")
+    if not commit:
+        with contextlib.suppress(OSError):  # no git
+            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+            commit = git.stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": vllm.__version__,
-        "commit": commit,
+        "commit": commit or "unknown",
         "command": " ".join(sys.orig_argv),
     }
 

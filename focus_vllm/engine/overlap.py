@@ -1,6 +1,6 @@
 """Route, and list what decodes attend to, beside the layer's other work.
 
-Routing one token takes 7 us and one multiprocessor of an H200's 132, its list a few more. In a CUDA graph the
+Routing one token takes 8 us and one multiprocessor of an H200's 132, its list a few more. In a CUDA graph the
 layer need not wait for them: `beside` captures them on other streams and `rejoin` has the layer's wait, for
 routing after the QKV projection and for lists not before attention.
 """
