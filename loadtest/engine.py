@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import cProfile
 import dataclasses
+import gc
 import json
 import os
 import pstats
@@ -33,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -240,13 +242,18 @@ class Measured:
         }
 
     def profile_host(self, case: Case) -> dict[str, Any]:
-        """Return the median time to the first token, and by function the microseconds of a prompt."""
+        """Return the median time to the first token, and by function the microseconds of a prompt.
+
+        With them what else may take Python's time: collections of garbage a prompt, by generation, and the
+        names of threads.
+        """
         batches = [self.prompts_of(case.batch, case.prompt, 7_000_000 + seed) for seed in range(HOST_PROMPTS)]
         times = [self.generate(prompts, 1)[0] for prompts in batches]
         self.llm.reset_prefix_cache()
-        recording = cProfile.Profile()
+        recording, before = cProfile.Profile(), [stats["collections"] for stats in gc.get_stats()]
         for prompts in batches:
             recording.runcall(self.generate, prompts, 1)
+        after = [stats["collections"] for stats in gc.get_stats()]
         functions = [
             {
                 "kernel": f"{Path(file).name}:{line} {name}",
@@ -256,7 +263,12 @@ class Measured:
             for (file, line, name), (_, calls, own, _, _) in pstats.Stats(recording).stats.items()  # type: ignore[attr-defined]
         ]
         functions.sort(key=lambda function: -function["us"])
-        return {"ttft": statistics.median(times), "kernels": functions[:60]}
+        return {
+            "ttft": statistics.median(times),
+            "collections": [(end - start) / HOST_PROMPTS for start, end in zip(before, after, strict=True)],
+            "threads": sorted(thread.name for thread in threading.enumerate()),
+            "kernels": functions[:60],
+        }
 
     def profile(self, case: Case, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """Return the kernels of the prompts' last chunk, or of one decode step, with microseconds."""
