@@ -40,7 +40,7 @@ from focus_vllm.kernels.plan import (
     plan_waves,
     signatures,
 )
-from focus_vllm.kernels.routing import device_weight, route_into
+from focus_vllm.kernels.routing import device_weight, num_stages, route_into
 from focus_vllm.kernels.store import address_of, write_stores
 from focus_vllm.kernels.warmup import compile_kernels
 from focus_vllm.reference import decode_mask, focus_mask
@@ -377,6 +377,21 @@ def test_hidden_states_that_are_not_numbers_still_get_their_number_of_groups():
     assert queries.tolist() == [7] * 3
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_groups", "hopper", "ada"),
+    [
+        (torch.bfloat16, 8, 8, 6),
+        (torch.bfloat16, 16, 8, 8),
+        (torch.float32, 8, 7, 3),
+        (torch.float32, 32, 8, 4),
+    ],
+)
+def test_routing_loads_as_many_tiles_at_a_time_as_fit(dtype, num_groups, hopper, ada):
+    """227 and 99 KiB a block: "Technical Specifications per Compute Capability", CUDA's programming guide."""
+    assert num_stages(dtype, num_groups, 227 * 1024) == hopper
+    assert num_stages(dtype, num_groups, 99 * 1024) == ada
+
+
 def test_route_refuses_a_chunk_longer_than_its_buffers():
     hidden, weight, bias = torch.zeros(5, 64), torch.zeros(8, 64), torch.zeros(8)
     short = torch.zeros(4, dtype=torch.uint8)
@@ -464,7 +479,9 @@ def test_every_kernel_compiles_for_a_hopper_gpu(tmp_path):
     command = [sys.executable, str(root / "tests" / "compile_for_hopper.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    compiled = {line.split()[0] for line in done.stdout.splitlines() if "registers" in line}
+    lines = [line.split() for line in done.stdout.splitlines() if "registers" in line]
+    assert max(int(line[-1]) for line in lines) <= 227 * 1024  # bytes that a program can have
+    compiled = {line[0] for line in lines}
     folder = root / "focus_vllm" / "kernels"
     defined = {
         name for path in folder.glob("*.py") for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())

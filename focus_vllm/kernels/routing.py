@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -113,7 +114,29 @@ def _route_kernel(
     tl.store(query_groups + token, queries, mask=token < num_tokens)
 
 
-_launch = Launcher(_route_kernel, num_warps=WARPS, num_stages=STAGES)
+def num_stages(dtype: torch.dtype, num_groups: int, shared_memory: int) -> int:
+    """Return how many tiles are loaded at a time: fewer than on Hopper where shared memory is smaller.
+
+    Args:
+        dtype: Of the hidden states.
+        num_groups: Groups.
+        shared_memory: Bytes that one program can have.
+    """
+    tile_bytes = _channels(num_groups) * (TOKENS + 2 * _padded(num_groups)) * dtype.itemsize
+    return min(STAGES, shared_memory // tile_bytes)
+
+
+def _channels(num_groups: int) -> int:
+    return max(64, CHANNELS * 8 // _padded(num_groups))  # wider weights take narrower tiles
+
+
+@functools.cache
+def _launcher(device: torch.device, dtype: torch.dtype, num_groups: int) -> Launcher:
+    stages = STAGES
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)
+        stages = num_stages(dtype, num_groups, properties.shared_memory_per_block_optin)
+    return Launcher(_route_kernel, num_warps=WARPS, num_stages=stages)
 
 
 def route_into(
@@ -154,9 +177,8 @@ def route_into(
         return
     stride, padded = hidden.stride(0), _padded(num_groups)
     aligned = hidden.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0
-    dtypes, sizes = (hidden.dtype, key_groups.dtype), (stride, hidden_size, num_groups, key_k, top_k)
-    _launch(
-        (hidden.device, aligned, dtypes, sizes),
+    _launcher(hidden.device, hidden.dtype, num_groups)(
+        (aligned, key_groups.dtype, stride, hidden_size, key_k, top_k),
         (-(-num_tokens // TOKENS), 1, 1),
         hidden,
         stride,
@@ -171,6 +193,5 @@ def route_into(
         key_k,
         top_k,
         TOKENS,
-        # Wider weights take narrower tiles, so that three stages fit in shared memory.
-        max(64, CHANNELS * 8 // padded),
+        _channels(num_groups),
     )
