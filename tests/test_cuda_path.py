@@ -23,6 +23,7 @@ from test_kernels import (
 )
 
 from focus_vllm.config import FocusConfig
+from focus_vllm.engine.overlap import Beside
 from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, LayerFocus
 from focus_vllm.kernels import decode_lists
@@ -292,6 +293,14 @@ def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch, query_
         def get_simultaneous(self, *sizes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
             return scratch.setdefault(sizes, super().get_simultaneous(*sizes))
 
+    class Noted(Scheduled):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            order.append("attention")
+            return super().__call__(*args, **kwargs)
+
+    order: list[Any] = []
+    monkeypatch.setattr(backend, "rejoin", lambda device, what: order.append(what))
+    monkeypatch.setattr(backend, "FlashAttention3", Noted)
     monkeypatch.setattr(backend, "current_workspace_manager", KeptWorkspace)
     slots = new_slots(batch)
     impl = layer_of(backend, batch, slots)
@@ -308,6 +317,7 @@ def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch, query_
     assert selected == impl.focus.counts.read()["selected_tokens"]
     assert torch.equal(batch.store, stored)
     assert impl.listed is None
+    assert order == [Beside.LISTS, "attention"], "lists may still be under way"
 
 
 @pytest.mark.usefixtures("stand_ins")

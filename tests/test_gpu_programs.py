@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,21 @@ def test_each_side_is_started_once_and_every_case_is_written(tmp_path, monkeypat
     rows = json.loads(output.read_text())["rows"]
     assert [row["case"] for row in rows] == ["1x300", "2x100+8", "3x50"]
     assert rows[2]["stock_tpot"] == pytest.approx(0.01)
+
+
+def test_what_python_does_is_counted_by_prompt(tmp_path, monkeypatch, fake_engines):
+    output = tmp_path / "engine.json"
+    command = ["engine", "--shape", "tiny", "--side", "focus", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*command, "--cases", "1x30@host"])
+    engine.main()
+    prompts = [30] * engine.HOST_PROMPTS
+    assert fake_engines[0].prompts[2:] == [0, *prompts, 0, *prompts], "none is in the prefix cache"
+    row = json.loads(output.read_text())["sides"]["focus"]["rows"]["1x30@host"]
+    fake = re.compile(r"test_gpu_programs\.py:\d+ generate")
+    (generate,) = [line for line in row["kernels"] if fake.fullmatch(line["kernel"])]
+    assert generate["launches"] == 1
+    assert len(row["collections"]) == 3
+    assert "MainThread" in row["threads"]
 
 
 def test_no_case_is_started_when_the_time_is_over(tmp_path, monkeypatch, fake_engines):
