@@ -244,15 +244,22 @@ class Measured:
     def profile_host(self, case: Case) -> dict[str, Any]:
         """Return the median time to the first token, and by function the microseconds of a prompt.
 
-        With them what else may take Python's time: collections of garbage a prompt, by generation, and the
-        names of threads.
+        With them what else may take Python's time: collections of garbage a prompt, by generation, their
+        microseconds, and the names of threads.
         """
         batches = [self.prompts_of(case.batch, case.prompt, 7_000_000 + seed) for seed in range(HOST_PROMPTS)]
         times = [self.generate(prompts, 1)[0] for prompts in batches]
         self.llm.reset_prefix_cache()
         recording, before = cProfile.Profile(), [stats["collections"] for stats in gc.get_stats()]
+        collecting = {"start": 0.0, "stop": 0.0}
+
+        def watch(phase: str, _: dict[str, int]) -> None:
+            collecting[phase] += time.perf_counter()
+
+        gc.callbacks.append(watch)
         for prompts in batches:
             recording.runcall(self.generate, prompts, 1)
+        gc.callbacks.remove(watch)
         after = [stats["collections"] for stats in gc.get_stats()]
         functions = [
             {
@@ -266,6 +273,7 @@ class Measured:
         return {
             "ttft": statistics.median(times),
             "collections": [(end - start) / HOST_PROMPTS for start, end in zip(before, after, strict=True)],
+            "collecting_us": 1e6 * (collecting["stop"] - collecting["start"]) / HOST_PROMPTS,
             "threads": sorted(thread.name for thread in threading.enumerate()),
             "kernels": functions[:60],
         }

@@ -28,8 +28,8 @@ from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.gather import PAGE, GatherScratch
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores
 from focus_vllm.kernels.plan import index_capacity, list_capacity, lists_per_query, near_keys
-from focus_vllm.kernels.routing import device_weight, route_into
-from focus_vllm.kernels.warmup import compile_kernels
+from focus_vllm.kernels.routing import device_weight
+from focus_vllm.kernels.warmup import compile_kernels, compile_routing
 from focus_vllm.routing import mask_dtype
 
 CASES: list[tuple[dict[str, int], tuple[int, int, int], bool, float]] = [
@@ -91,10 +91,10 @@ def compile_case(
         Scores(0.1, softcap, *scales), prefill, decode,
         GatherScratch(pages[0], pages[1], torch.empty(200_000, dtype=torch.int32)), drafts=True,
     )  # fmt: skip
-    groups = torch.empty(2, 64, dtype=mask_dtype(config.num_groups))
-    weight = device_weight(torch.empty(config.num_groups, 512), out_dtype)
-    hidden, bias = torch.empty(64, 512, dtype=out_dtype), torch.zeros(config.num_groups)
-    route_into(hidden, weight, bias, groups[0], groups[1], config.key_k, config.top_k)
+    weight = device_weight(torch.empty(config.num_groups, 4096), out_dtype)
+    bias = torch.zeros(config.num_groups)
+    groups = torch.empty(2, TOKENS, dtype=mask_dtype(config.num_groups))
+    compile_routing(weight, bias, groups[0], groups[1], config.key_k, config.top_k)
 
 
 if __name__ == "__main__":

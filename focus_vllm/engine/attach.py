@@ -137,11 +137,13 @@ def attach(model: nn.Module, vllm_config: VllmConfig, settings: FocusSettings) -
         weight, bias = (part.to(key_groups.device) for part in routers[index].fold(config.temperature))
         if weight.is_cuda:
             from focus_vllm.kernels.routing import device_weight
+            from focus_vllm.kernels.warmup import compile_routing
 
             key_groups = torch.zeros_like(key_groups)  # a dense step stores those of all layers at its end
             dtype = vllm_config.model_config.dtype
             assert isinstance(dtype, torch.dtype)
             weight = device_weight(weight, dtype)
+            compile_routing(weight, bias, key_groups, query_groups, config.key_k, config.top_k)
         layers[index] = LayerFocus(config, weight, bias, key_groups, query_groups, counts)
         attentions[index].impl.focus = layers[index]  # type: ignore[attr-defined]
         if weight.is_cuda:

@@ -13,15 +13,19 @@ import triton.language as tl
 
 from focus_vllm.kernels.launch import Launcher
 
-# One tile shape for every batch size: a token's products are then added up in the same order whatever it is
-# batched with, and its groups cannot depend on the batch. One H100, 2026-11-25, 8 groups, hidden size 4096:
-# 8.0 us for one token, 27 for 8192. Fewer and wider stages are 1 us faster by themselves (512 channels, 3
-# stages, 4 warps: 6.9 us, but 33), and slower beside a projection, while loads take longer: a layer of hidden
-# size 8192 then takes 37.6 us instead of 33.7.
 TOKENS = 16
 CHANNELS = 256
+PART = 2
+"""Tiles of channels that are added up before they are added to the sum of those before.
+
+The same for every number of tokens: a token's products are then added up in the same order whatever it is
+batched with, and its groups cannot depend on the batch.
+"""
 WARPS = 2
-STAGES = 8
+STAGES = 4
+"""Parts that one program has under way."""
+SPLIT_TOKENS = 256
+"""Up to which number of tokens each part has a program of its own."""
 
 
 def device_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -69,53 +73,75 @@ def _best_groups(scores, num_groups: tl.constexpr, k: tl.constexpr):
     return chosen
 
 
+@triton.jit
+def _part_products(
+    hidden_rows, weight_columns, real, first, hidden_size, tokens: tl.constexpr, padded_groups: tl.constexpr,
+    channels: tl.constexpr, part: tl.constexpr,
+):  # fmt: skip
+    products = tl.zeros([tokens, 2 * padded_groups], tl.float32)
+    for tile in tl.static_range(part):
+        channel = first + tile * channels + tl.arange(0, channels)
+        inside = channel < hidden_size
+        h = tl.load(hidden_rows + channel[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+        w = tl.load(weight_columns + channel[:, None], mask=inside[:, None], other=0.0)
+        products = tl.dot(h, w, products, input_precision="ieee")
+    return products
+
+
 @triton.jit(
     do_not_specialize=["num_tokens"],
     do_not_specialize_on_alignment=["bias", "key_groups", "query_groups"],
 )
 def _route_kernel(
-    hidden,
-    hidden_stride,
-    weight,
-    bias,
-    key_groups,
-    query_groups,
-    num_tokens,
-    hidden_size,
-    num_groups: tl.constexpr,
-    padded_groups: tl.constexpr,
-    key_k: tl.constexpr,
-    top_k: tl.constexpr,
-    tokens: tl.constexpr,
-    channels: tl.constexpr,
-):
-    token = tl.program_id(0) * tokens + tl.arange(0, tokens)
+    hidden, hidden_stride, weight, bias, key_groups, query_groups, num_tokens, hidden_size, sums, done,
+    num_groups: tl.constexpr, padded_groups: tl.constexpr, key_k: tl.constexpr, top_k: tl.constexpr,
+    tokens: tl.constexpr, channels: tl.constexpr, part: tl.constexpr, parts: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    token = tile * tokens + tl.arange(0, tokens)
     row = tl.arange(0, 2 * padded_groups)
-    products = tl.zeros([tokens, 2 * padded_groups], tl.float32)
     group = tl.arange(0, padded_groups)
     offset = tl.load(bias + group, mask=group < num_groups, other=0.0)
+    real = token < num_tokens
     hidden_rows = hidden + token.to(tl.int64)[:, None] * hidden_stride
     weight_columns = weight + row[None, :] * hidden_size
-    for start in range(0, hidden_size, channels):
-        channel = start + tl.arange(0, channels)
-        inside = channel < hidden_size
-        h = tl.load(
-            hidden_rows + channel[None, :], mask=(token[:, None] < num_tokens) & inside[None, :], other=0.0
-        )
-        w = tl.load(weight_columns + channel[:, None], mask=inside[:, None], other=0.0)
-        products = tl.dot(h, w, products, input_precision="ieee")
-    scores = tl.sum(tl.reshape(products, [tokens, 2, padded_groups]), axis=1)
-    scores += offset[None, :]
-    # Every token gets exactly k groups, even from hidden states that are not numbers.
-    scores = tl.where(scores > -3e38, scores, -3e38) + 0.0
-    keys = _best_groups(scores, num_groups, key_k)
-    queries = keys if key_k == top_k else _best_groups(scores, num_groups, top_k)
-    tl.store(key_groups + token, keys, mask=token < num_tokens)
-    tl.store(query_groups + token, queries, mask=token < num_tokens)
+    total = tl.zeros([tokens, 2 * padded_groups], tl.float32)
+    last = True
+    if sums is None:
+        for first in range(0, hidden_size, part * channels):
+            total += _part_products(
+                hidden_rows, weight_columns, real, first, hidden_size, tokens, padded_groups, channels, part
+            )
+    else:
+        # The program that is done last adds up what all have found.
+        mine = tl.program_id(1)
+        products = _part_products(
+            hidden_rows, weight_columns, real, mine * part * channels, hidden_size, tokens, padded_groups,
+            channels, part,
+        )  # fmt: skip
+        cell = tl.arange(0, tokens)[:, None] * (2 * padded_groups) + row[None, :]
+        size: tl.constexpr = 2 * padded_groups * tokens
+        tl.store(sums + (tile * parts + mine) * size + cell, products)
+        tl.debug_barrier()
+        last = tl.atomic_add(done + tile, 1, sem="acq_rel") == parts - 1
+        if last:
+            tl.debug_barrier()
+            for other in tl.static_range(parts):
+                total += tl.load(sums + (tile * parts + other) * size + cell, cache_modifier=".cg")
+            tl.store(done + tile, 0)
+    if last:
+        scores = tl.sum(tl.reshape(total, [tokens, 2, padded_groups]), axis=1)
+        scores += offset[None, :]
+        # Every token gets exactly k groups, even from hidden states that are not numbers.
+        scores = tl.where(scores > -3e38, scores, -3e38) + 0.0
+        keys = _best_groups(scores, num_groups, key_k)
+        queries = keys if key_k == top_k else _best_groups(scores, num_groups, top_k)
+        tl.store(key_groups + token, keys, mask=real)
+        tl.store(query_groups + token, queries, mask=real)
 
 
 def num_stages(dtype: torch.dtype, num_groups: int, shared_memory: int) -> int:
-    """Return how many tiles are loaded at a time: fewer than on Hopper where shared memory is smaller.
+    """Return how many parts are loaded at a time: fewer than on Hopper where shared memory is smaller.
 
     Args:
         dtype: Of the hidden states.
@@ -123,7 +149,7 @@ def num_stages(dtype: torch.dtype, num_groups: int, shared_memory: int) -> int:
         shared_memory: Bytes that one program can have.
     """
     tile_bytes = _channels(num_groups) * (TOKENS + 2 * _padded(num_groups)) * dtype.itemsize
-    return min(STAGES, shared_memory // tile_bytes)
+    return min(STAGES, shared_memory // (PART * tile_bytes))
 
 
 def _channels(num_groups: int) -> int:
@@ -131,12 +157,20 @@ def _channels(num_groups: int) -> int:
 
 
 @functools.cache
-def _launcher(device: torch.device, dtype: torch.dtype, num_groups: int) -> Launcher:
-    stages = STAGES
-    if device.type == "cuda":
+def _launcher(device: torch.device, dtype: torch.dtype, num_groups: int, split: bool) -> Launcher:
+    stages = 1 if split else STAGES
+    if device.type == "cuda" and not split:
         properties: Any = torch.cuda.get_device_properties(device)
         stages = num_stages(dtype, num_groups, properties.shared_memory_per_block_optin)
     return Launcher(_route_kernel, num_warps=WARPS, num_stages=stages)
+
+
+@functools.cache
+def _split_buffers(device: torch.device, padded_groups: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return room for all parts' products, and how many parts of each tile of tokens are done: zeros."""
+    tiles = -(-SPLIT_TOKENS // TOKENS)
+    sums = torch.empty(tiles * parts * TOKENS * 2 * padded_groups, device=device)
+    return sums, torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 def route_into(
@@ -175,23 +209,15 @@ def route_into(
         raise ValueError(f"the router's weight is {weight.dtype}, the hidden states are {hidden.dtype}")
     if num_tokens == 0:
         return
-    stride, padded = hidden.stride(0), _padded(num_groups)
+    stride, padded, channels = hidden.stride(0), _padded(num_groups), _channels(num_groups)
+    parts = -(-hidden_size // (PART * channels))
+    buffers = _split_buffers(hidden.device, padded, parts)
+    split = num_tokens <= SPLIT_TOKENS and parts > 1
     aligned = hidden.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0
-    _launcher(hidden.device, hidden.dtype, num_groups)(
+    _launcher(hidden.device, hidden.dtype, num_groups, split)(
         (aligned, key_groups.dtype, stride, hidden_size, key_k, top_k),
-        (-(-num_tokens // TOKENS), 1, 1),
-        hidden,
-        stride,
-        weight,
-        bias,
-        key_groups,
-        query_groups,
-        num_tokens,
-        hidden_size,
-        num_groups,
-        padded,
-        key_k,
-        top_k,
-        TOKENS,
-        _channels(num_groups),
-    )
+        (-(-num_tokens // TOKENS), parts if split else 1, 1),
+        hidden, stride, weight, bias, key_groups, query_groups, num_tokens, hidden_size,
+        *(buffers if split else (None, None)),
+        num_groups, padded, key_k, top_k, TOKENS, channels, PART, parts,
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from focus_vllm.kernels.decode_lists import decode_parts
 from focus_vllm.kernels.gather import GatheredAttention, GatherScratch
 from focus_vllm.kernels.near import Cache, Scores, near_tile
 from focus_vllm.kernels.plan import Segment, plan_waves
+from focus_vllm.kernels.routing import SPLIT_TOKENS, route_into
 from focus_vllm.kernels.store import address_of, write_stores
 from focus_vllm.routing import mask_dtype
 
@@ -104,3 +105,27 @@ def compile_kernels(
             torch.arange(size + 1, dtype=torch.int32, device=query.device) if several else None,
         )
     write_stores(address_of(store, query_groups), dtype, slots, totals)
+
+
+def compile_routing(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    key_groups: torch.Tensor,
+    query_groups: torch.Tensor,
+    key_k: int,
+    top_k: int,
+) -> None:
+    """Route few tokens and many; both kernels are needed soon, by prompts and by decodes.
+
+    Args:
+        weight: As `route_into`'s, and all others too.
+        bias: The router's.
+        key_groups: Overwritten.
+        query_groups: Overwritten.
+        key_k: Groups per token as a key.
+        top_k: Groups per token as a query.
+    """
+    count = min(SPLIT_TOKENS + 1, len(key_groups))
+    hidden = torch.zeros(count, weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    for some in (hidden[:1], hidden):
+        route_into(some, weight, bias, key_groups, query_groups, key_k, top_k)
