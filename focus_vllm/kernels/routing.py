@@ -158,7 +158,7 @@ def _channels(num_groups: int) -> int:
 
 @functools.cache
 def _launcher(device: torch.device, dtype: torch.dtype, num_groups: int, split: bool) -> Launcher:
-    stages = 1 if split else STAGES
+    stages = 2 if split else STAGES
     if device.type == "cuda" and not split:
         properties: Any = torch.cuda.get_device_properties(device)
         stages = num_stages(dtype, num_groups, properties.shared_memory_per_block_optin)
