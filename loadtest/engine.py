@@ -235,11 +235,20 @@ class Measured:
             took, _ = self.generate(prompts, case.tokens)
             return {"seconds": took, "tokens_per_second": case.batch * (case.prompt + case.tokens) / took}
         first, _ = self.generate(prompts, 1)
+        accepted = self.accepted()
         _, outputs = self.generate(prompts, 1 + self.side.output_tokens)
-        return {
-            "ttft": first,
-            "tpot": statistics.fmean(map(decode_seconds, outputs)) / self.side.output_tokens,
-        }
+        accepted = self.accepted() - accepted
+        tokens = self.side.output_tokens
+        result = {"ttft": first, "tpot": statistics.fmean(map(decode_seconds, outputs)) / tokens}
+        if accepted:  # each step gives one more than it accepts
+            result["tokens_per_step"] = tokens / (tokens - accepted / case.batch)
+        return result
+
+    def accepted(self) -> int:
+        """Return how many tokens were drafts, of all requests so far."""
+        metrics = {metric.name: metric for metric in self.llm.get_metrics()}
+        counter = metrics.get("vllm:spec_decode_num_accepted_tokens")
+        return getattr(counter, "value", 0)
 
     def profile_host(self, case: Case) -> dict[str, Any]:
         """Return the median time to the first token, and by function the microseconds of a prompt.

@@ -347,7 +347,24 @@ def test_both_sides_run_the_same_cells_though_the_first_is_cut_short(monkeypatch
         assert len(left_out) == (1 if side == "dense" else 0)
     assert reported[0] == reported[1] == wanted
     assert [(cell.length, cell.concurrency) for cell in reported[0]] == [(10, 1), (100, 1), (10, 16)]
-    assert now == 1.1 * (10 + 10 + 100 + 160)
+    assert now == 1.1 * (10 + 10 + 10 + 100 + 160)
+
+
+def test_a_servers_first_request_does_not_say_how_long_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, first = 0.0, True
+
+    def run(target: Any, side: str, cells: list[Cell], seconds: float | None = None) -> list[Any]:
+        nonlocal now, first
+        now += 20 if first else 0.1 * cells[0].requests
+        first = False
+        return [cells[0]]
+
+    monkeypatch.setattr(scenarios.time, "monotonic", lambda: now)
+    monkeypatch.setattr(scenarios, "run", run)
+    plan = dataclasses.replace(PLAN, lengths=[10], concurrencies=[1], requests=32, fewest=1)
+    done, left_out = run_plan(plan, None, "dense", None, lambda _: None, Clock(100))
+    assert [cell.requests for cell in done] == [32]
+    assert left_out == []
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_its_second_side_lacks(
