@@ -15,12 +15,10 @@ again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -57,6 +55,7 @@ from focus_vllm.kernels.plan import (
 )
 from focus_vllm.kernels.routing import device_weight, route_into
 from focus_vllm.kernels.store import address_of, write_stores
+from loadtest.manifest import commit
 from loadtest.paged import PagedBatch, SlowFlashAttention, make_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -455,21 +454,16 @@ def smoke_cases() -> list[Case]:
 
 
 def environment() -> dict[str, str]:
-    """Return what the numbers depend on; FOCUS_COMMIT names the commit where files were only copied."""
+    """Return what the numbers depend on."""
     import triton  # type: ignore[import-untyped]
     import vllm
 
-    commit = os.environ.get("FOCUS_COMMIT", "")
-    if not commit:
-        with contextlib.suppress(OSError):  # no git
-            git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-            commit = git.stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": vllm.__version__,
-        "commit": commit or "unknown",
+        "commit": commit() or "unknown",
         "command": " ".join(sys.orig_argv),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shlex
 import shutil
@@ -17,12 +18,18 @@ def describe(info: dict[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "loadtest", *sys.argv[1:]]),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": commit(),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
         "cpu": _cpu(),
         "python": platform.python_version(),
         "servers": info,
     }
+
+
+def commit() -> str | None:
+    """Return what this is a checkout of; FOCUS_COMMIT says it where files were only copied."""
+    here = str(Path(__file__).parent)
+    return os.environ.get("FOCUS_COMMIT") or _output("git", "-C", here, "describe", "--always", "--dirty")
 
 
 def _cpu() -> str:
