@@ -1,8 +1,8 @@
 """Route, and list what decodes attend to, beside the layer's other work.
 
-Routing one token takes 8 us and one multiprocessor of an H200's 132, its list a few more. In a CUDA graph the
-layer need not wait for them: `beside` captures them on other streams and `rejoin` has the layer's wait, for
-routing after the QKV projection and for lists not before attention.
+Routing one token takes 4 us and a few multiprocessors of an H200's 132, its list a few more. In a CUDA graph
+the layer need not wait for them: `beside` captures them on other streams and `rejoin` has the layer's wait,
+for routing after the QKV projection and for lists not before attention.
 """
 
 from __future__ import annotations
