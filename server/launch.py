@@ -28,11 +28,16 @@ logger = logging.getLogger("vllm.focus_serve.launch")
 GATE = "server.gate.Gate"
 LOG_CONFIG = Path(str(resources.files("server"))) / "logging.json"
 WORKER_EXTENSION = "focus_vllm.engine.worker.FocusWorkerExtension"
-PRIMITIVES, NUM_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
-"""On CPUs oneDNN compiles each of a layer's products for every number of tokens in a step, some 0.3 MiB each,
-and keeps the last 1,024. That is what made workers grow, and glibc's heap grew on as new ones replaced
-them. 128 is what vLLM keeps in each layer, 32 numbers of tokens, for a layer's four products.
-"""
+ENVIRONMENT = {
+    # On CPUs oneDNN compiles each of a layer's products for every number of tokens in a step, some 0.3 MiB
+    # each, and keeps the last 1,024. That is what made workers grow, and glibc's heap grew on as new ones
+    # replaced them. 128 is what vLLM keeps in each layer, 32 numbers of tokens, for a layer's four products.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    # vLLM looks for n-gram drafts with one thread, but Numba starts as many as there are cores. On CPUs these
+    # and PyTorch's wait for each other: 160 ms a token of the demo on two cores, instead of 8.
+    "NUMBA_NUM_THREADS": "1",
+}
+"""What is set unless the user has set it."""
 GRAPHS, MOST_GRAPH_TOKENS = "--max-cudagraph-capture-size", "1024"
 """Steps of so many tokens still run in CUDA graphs, twice what vLLM chooses on Hopper. Up to there a GPU
 is done with a layer of an 8B model before its host has launched the next, and routing is one more launch.
@@ -100,7 +105,7 @@ def plan_launch(
         arguments += ["--additional-config", json.dumps(config)]
     environment = {
         "VLLM_PLUGINS": _plugins(environ.get("VLLM_PLUGINS")),
-        PRIMITIVES: environ.get(PRIMITIVES, NUM_PRIMITIVES),
+        **{name: environ.get(name, value) for name, value in ENVIRONMENT.items()},
         **settings.environment(),
     }
     if "--long-prefill-token-threshold" not in _flags(vllm_arguments):  # 0 is a choice as well

@@ -131,12 +131,17 @@ def test_the_users_own_cache_size_and_flags_win_over_the_demos(
     assert command["arguments"].index("--enforce-eager") < command["arguments"].index("--no-enforce-eager")
 
 
-def test_fewer_compiled_products_are_kept_unless_the_user_says_how_many(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "default", "own"),
+    [("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128", "1024"), ("NUMBA_NUM_THREADS", "1", "4")],
+)
+def test_libraries_are_limited_unless_the_user_says_otherwise(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, default: str, own: str
 ) -> None:
-    assert dry_run(capsys)["env"]["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")
-    assert dry_run(capsys)["env"]["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
+    monkeypatch.delenv(name, raising=False)
+    assert dry_run(capsys)["env"][name] == default
+    monkeypatch.setenv(name, own)
+    assert dry_run(capsys)["env"][name] == own
 
 
 MULTIPLY = """
