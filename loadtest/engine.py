@@ -5,11 +5,13 @@
     python -m loadtest.engine --smoke                                                        # without a GPU
 
 A case is BATCHxPROMPT: the time to first token is that of a request for one token (of a batch, until the
-last has its first); then the same prompts, by now in the prefix cache, are continued, and the time per output
-token is that of all tokens but the first, by the engine's clock. BATCHxPROMPT+TOKENS is one run of the whole
-batch, prefill and decode: its time, and the tokens per second of both. BATCHxPROMPT@prefill and @decode are
-profiles: the kernels of the prompt's last chunk, or of one decode step. BATCHxPROMPT@host is what Python
-does: the median time to the first token of prompts that are not cached, and the functions that took most.
+last has its first); then the same prompts, by now in the prefix cache, are continued, and the time per
+output token is that of all tokens but the first, by the engine's clock. BATCHxPROMPT+TOKENS is one run of
+the whole batch, prefill and decode: its time, and the tokens per second of both. BATCHxPROMPT~TOKENS is a
+conversation's next turn: the median time to the first token of five of so many tokens, each behind the
+prompt, which is cached. BATCHxPROMPT@prefill and @decode are profiles: the kernels of the prompt's last
+chunk, or of one decode step. BATCHxPROMPT@host is what Python does: the median time to the first token of
+prompts that are not cached, and the functions that took most.
 
 The model has random weights of the shape named, and routers whose folded rows are orthogonal and of one
 length, so that groups are balanced by symmetry; the output says how well. Speed is what a trained model would
@@ -67,6 +69,7 @@ CHECKED_PROMPT = 1500
 CHECKED_TOKENS = 16
 PROFILED_STEPS = 8
 HOST_PROMPTS = 20
+TURNS = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,23 +80,28 @@ class Case:
     prompt: int
     tokens: int = 0
     profile: str = ""
+    more: int = 0
+    """New tokens behind a prompt that is cached."""
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read BATCHxPROMPT, BATCHxPROMPT+TOKENS or BATCHxPROMPT@PHASE.
+        """Read BATCHxPROMPT, BATCHxPROMPT+TOKENS, BATCHxPROMPT~TOKENS or BATCHxPROMPT@PHASE.
 
         Raises:
             ValueError: It is none of them.
         """
-        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|@(prefill|decode|host))?", text)
+        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|~(\d+)|@(prefill|decode|host))?", text)
         if match is None:
-            raise ValueError(f"a case is {text!r}, expected 1x4096, 32x32768+256 or 8x131072@decode")
-        batch, prompt, tokens, profile = match.groups()
-        return cls(int(batch), int(prompt), int(tokens or 0), profile or "")
+            raise ValueError(
+                f"a case is {text!r}, expected 1x4096, 32x32768+256, 1x4096~256 or 1x4096@decode"
+            )
+        batch, prompt, tokens, more, profile = match.groups()
+        return cls(int(batch), int(prompt), int(tokens or 0), profile or "", int(more or 0))
 
     def __str__(self) -> str:
         tokens = f"+{self.tokens}" if self.tokens else ""
-        return f"{self.batch}x{self.prompt}{tokens}" + (f"@{self.profile}" if self.profile else "")
+        more = f"~{self.more}" if self.more else ""
+        return f"{self.batch}x{self.prompt}{tokens}{more}" + (f"@{self.profile}" if self.profile else "")
 
 
 class MeasuredWorker(FocusWorkerExtension):
@@ -231,6 +239,12 @@ class Measured:
             return self.profile_host(case)
         if case.profile:
             return {"kernels": self.profile(case, prompts)}
+        if case.more:
+            self.generate(prompts, 1)
+            seeds = range(8_000_000, 8_000_000 + TURNS)
+            turns = [self.prompts_of(case.batch, case.more, seed) for seed in seeds]
+            longer = [[old + new for old, new in zip(prompts, turn, strict=True)] for turn in turns]
+            return {"ttft": statistics.median(self.generate(batch, 1)[0] for batch in longer)}
         if case.tokens:
             took, _ = self.generate(prompts, case.tokens)
             return {"seconds": took, "tokens_per_second": case.batch * (case.prompt + case.tokens) / took}
@@ -455,14 +469,14 @@ def main() -> None:
     deadline = time.time() + args.limit - 40
     if args.smoke:
         args.shape, args.output_tokens = "tiny", 4
-        args.cases = [Case(1, 300), Case(2, 200), Case(2, 100, tokens=8)]
+        args.cases = [Case(1, 300), Case(2, 200), Case(2, 100, tokens=8), Case(1, 300, more=30)]
         args.focus, args.vllm = {"dense_below": 128, "window": 32}, {"enforce_eager": True, **args.vllm}
     from loadtest.kernels import environment, read_json, write_json
 
     content = read_json(args.output) or {"sides": {}}
     content |= {"environment": environment(), "shape": args.shape, "focus": args.focus, "vllm": args.vllm}
     longest = args.max_model_len or max(
-        case.prompt + (case.tokens or args.output_tokens) + 16 for case in args.cases
+        case.prompt + case.more + (case.tokens or args.output_tokens) + 16 for case in args.cases
     )
     # The faster side first: what it leaves of its half of the time is the other's.
     names = [args.side] if args.side else ["focus", "stock"]

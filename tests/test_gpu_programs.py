@@ -19,12 +19,14 @@ from loadtest.engine import Case, compare, table
 ROW = {"ttft": 4.0, "tpot": 0.02}
 
 
-@pytest.mark.parametrize("text", ["1x4096", "32x32768+256", "8x131072@decode", "1x262144@prefill"])
+@pytest.mark.parametrize(
+    "text", ["1x4096", "32x32768+256", "1x32768~512", "8x131072@decode", "1x262144@prefill"]
+)
 def test_a_case_is_read_as_it_is_written(text):
     assert str(Case.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["4096", "1x", "1x2@both", "1x2+", "x"])
+@pytest.mark.parametrize("text", ["4096", "1x", "1x2@both", "1x2+", "1x2~", "x"])
 def test_another_case_is_refused(text):
     with pytest.raises(ValueError, match="expected 1x4096"):
         Case.parse(text)
@@ -95,7 +97,11 @@ def test_a_wrong_result_is_not_reported(monkeypatch):
 class FakeEngine:
     """vLLM's offline engine without a model: token n of a prompt's continuation is n."""
 
+    accepts = 0.0
+    """Share of a continuation's tokens, but for the first, that were drafts."""
+
     def __init__(self) -> None:
+        self.accepted = 0
         cache = SimpleNamespace(num_gpu_blocks=10, block_size=16)
         scheduler = SimpleNamespace(max_num_batched_tokens=64)
         config = SimpleNamespace(cache_config=cache, scheduler_config=scheduler)
@@ -104,6 +110,7 @@ class FakeEngine:
 
     def generate(self, inputs: list[Any], params: Any, use_tqdm: bool) -> list[Any]:
         self.prompts += [len(prompt["prompt_token_ids"]) for prompt in inputs]
+        self.accepted += int(self.accepts * len(inputs) * (params.max_tokens - 1))
         completion = SimpleNamespace(token_ids=list(range(params.max_tokens)))
         # A request's tokens take 10 ms each, but for the first; a later request's begin later.
         return [
@@ -121,6 +128,9 @@ class FakeEngine:
 
     def reset_prefix_cache(self) -> None:
         self.prompts.append(0)
+
+    def get_metrics(self) -> list[Any]:
+        return [SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens", value=self.accepted)]
 
 
 @pytest.fixture
@@ -150,6 +160,7 @@ def test_each_side_is_started_once_and_every_case_is_written(tmp_path, monkeypat
     assert [row["case"] for row in written["rows"]] == ["1x300", "2x100+8"]
     assert {"ttft_ratio", "tpot_ratio"} <= set(written["rows"][0])
     assert written["rows"][0]["focus_tpot"] == pytest.approx(0.01)
+    assert "tokens_per_step" not in written["sides"]["focus"]["rows"]["1x300"]
     assert written["rows"][1]["seconds_ratio"] > 0
     assert written["sides"]["focus"]["kv_tokens"] == 160
     assert "2x100+8" in capsys.readouterr().out
@@ -160,6 +171,25 @@ def test_each_side_is_started_once_and_every_case_is_written(tmp_path, monkeypat
     rows = json.loads(output.read_text())["rows"]
     assert [row["case"] for row in rows] == ["1x300", "2x100+8", "3x50"]
     assert rows[2]["stock_tpot"] == pytest.approx(0.01)
+
+
+def test_the_next_turn_is_timed_behind_its_cached_prompt(tmp_path, monkeypatch, fake_engines):
+    output = tmp_path / "engine.json"
+    command = ["engine", "--shape", "tiny", "--output", str(output), "--cases", "2x300~40"]
+    monkeypatch.setattr(sys, "argv", command)
+    engine.main()
+    assert fake_engines[0].prompts[2:] == [0, 300, 300, *[340] * 2 * engine.TURNS]
+    assert json.loads(output.read_text())["rows"][0]["ttft_ratio"] > 0
+
+
+def test_tokens_of_a_step_are_counted_where_there_are_drafts(tmp_path, monkeypatch, fake_engines):
+    monkeypatch.setattr(FakeEngine, "accepts", 0.75)
+    output = tmp_path / "engine.json"
+    monkeypatch.setattr(
+        sys, "argv", ["engine", "--shape", "tiny", "--output", str(output), "--cases", "2x300"]
+    )
+    engine.main()
+    assert json.loads(output.read_text())["sides"]["focus"]["rows"]["2x300"]["tokens_per_step"] == 4
 
 
 def test_what_python_does_is_counted_by_prompt(tmp_path, monkeypatch, fake_engines):
