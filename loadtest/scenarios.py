@@ -138,9 +138,9 @@ def run_plan(
         Cells that were run, and those that there was no time for.
     """
     # Compiles, and grows what grows; not reported. The very first request takes far longer than others of its
-    # length: the second one's time is what the clock goes by.
-    for length in (plan.lengths[0], *plan.lengths):
-        cell = Cell("warmup", length, 1, 1, output_tokens=8, seed=plan.seed + 999)
+    # length: the time of the second, which is another prompt, is what the clock goes by.
+    for number, length in enumerate((plan.lengths[0], *plan.lengths)):
+        cell = Cell("warmup", length, 1, 1, output_tokens=8, seed=plan.seed + 999 + number)
         if (plan.warm_up is None or length <= plan.warm_up) and clock.fits(cell):
             began = time.monotonic()
             run(target, side, [cell])

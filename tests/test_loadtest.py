@@ -351,12 +351,13 @@ def test_both_sides_run_the_same_cells_though_the_first_is_cut_short(monkeypatch
 
 
 def test_a_servers_first_request_does_not_say_how_long_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, first = 0.0, True
+    now = 0.0
+    ran: list[Cell] = []
 
     def run(target: Any, side: str, cells: list[Cell], seconds: float | None = None) -> list[Any]:
-        nonlocal now, first
-        now += 20 if first else 0.1 * cells[0].requests
-        first = False
+        nonlocal now
+        now += 0.1 * cells[0].requests if ran else 20
+        ran.append(cells[0])
         return [cells[0]]
 
     monkeypatch.setattr(scenarios.time, "monotonic", lambda: now)
@@ -365,6 +366,7 @@ def test_a_servers_first_request_does_not_say_how_long_others_take(monkeypatch: 
     done, left_out = run_plan(plan, None, "dense", None, lambda _: None, Clock(100))
     assert [cell.requests for cell in done] == [32]
     assert left_out == []
+    assert len({(cell.length, cell.seed) for cell in ran}) == 3, "no prompt is in the prefix cache"
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_its_second_side_lacks(

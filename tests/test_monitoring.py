@@ -120,7 +120,7 @@ def test_the_preview_shows_every_panel(loaded: tuple[Prometheus, Path, int]) -> 
 def test_panels_agree_with_the_clients(loaded: tuple[Prometheus, Path, int]) -> None:
     scraper, folder, _ = loaded
     found = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
-    warmups = 2 * 2  # one for each length and side
+    warmups = 2 * (1 + 2)  # on each side the first of all, and one for each length
     (total,) = scraper.query("sum(focus_requests_finished_total{finish_reason='length'})")
     assert float(total["value"][1]) == len(found) + warmups
     (mean,) = scraper.query(
@@ -139,7 +139,7 @@ def test_advice_counts_the_requests_of_the_servers_log(
     with (folder / "access.jsonl").open() as lines:
         trace = read_trace(lines)
     answered = [(prompt, generated) for prompt, generated in trace if generated in (4, 8)]
-    assert len(answered) == len(sent) + 2 * 2
+    assert len(answered) == len(sent) + 2 * (1 + 2)  # warm-ups
     assert sum(prompt for prompt, generated in answered if generated == 4) == sum(
         request["prompt_tokens"] for request in sent
     )
