@@ -11,7 +11,8 @@ the whole batch, prefill and decode: its time, and the tokens per second of both
 conversation's next turn: the median time to the first token of five of so many tokens, each behind the
 prompt, which is cached. BATCHxPROMPT@prefill and @decode are profiles: the kernels of the prompt's last
 chunk, or of one decode step. BATCHxPROMPT@host is what Python does: the median time to the first token of
-prompts that are not cached, and the functions that took most.
+prompts that are not cached, and the functions that took most. BATCHxPROMPT~TOKENS@prefill and @host are the
+next turn's.
 
 The model has random weights of the shape named, and routers whose folded rows are orthogonal and of one
 length, so that groups are balanced by symmetry; the output says how well. Speed is what a trained model would
@@ -85,18 +86,23 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read BATCHxPROMPT, BATCHxPROMPT+TOKENS, BATCHxPROMPT~TOKENS or BATCHxPROMPT@PHASE.
+        """Read BATCHxPROMPT, BATCHxPROMPT+TOKENS, BATCHxPROMPT~TOKENS, BATCHxPROMPT@PHASE or the last two.
 
         Raises:
             ValueError: It is none of them.
         """
-        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|~(\d+)|@(prefill|decode|host))?", text)
+        turn = re.fullmatch(r"(\d+)x(\d+)~(\d+)(?:@(prefill|host))?", text)
+        if turn is not None:
+            batch, prompt, more, profile = turn.groups()
+            return cls(int(batch), int(prompt), 0, profile or "", int(more))
+        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|@(prefill|decode|host))?", text)
         if match is None:
             raise ValueError(
-                f"a case is {text!r}, expected 1x4096, 32x32768+256, 1x4096~256 or 1x4096@decode"
+                f"a case is {text!r}, expected 1x4096, 32x32768+256, 1x4096~256, 1x4096@decode "
+                "or 1x4096~256@host"
             )
-        batch, prompt, tokens, more, profile = match.groups()
-        return cls(int(batch), int(prompt), int(tokens or 0), profile or "", int(more or 0))
+        batch, prompt, tokens, profile = match.groups()
+        return cls(int(batch), int(prompt), int(tokens or 0), profile or "")
 
     def __str__(self) -> str:
         tokens = f"+{self.tokens}" if self.tokens else ""
@@ -232,19 +238,15 @@ class Measured:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Measure one case."""
-        if case.profile != "decode":  # which begins with cached prompts anyway
-            self.llm.reset_prefix_cache()
-        prompts = self.prompts_of(case.batch, case.prompt, 1000 * case.batch + case.prompt)
         if case.profile == "host":
             return self.profile_host(case)
+        prompts = self.prompts_of(case.batch, case.prompt, 1000 * case.batch + case.prompt)
         if case.profile:
             return {"kernels": self.profile(case, prompts)}
         if case.more:
-            self.generate(prompts, 1)
-            seeds = range(8_000_000, 8_000_000 + TURNS)
-            turns = [self.prompts_of(case.batch, case.more, seed) for seed in seeds]
-            longer = [[old + new for old, new in zip(prompts, turn, strict=True)] for turn in turns]
-            return {"ttft": statistics.median(self.generate(batch, 1)[0] for batch in longer)}
+            turns = self.uncached(case, TURNS)
+            return {"ttft": statistics.median(self.generate(batch, 1)[0] for batch in turns)}
+        self.llm.reset_prefix_cache()
         if case.tokens:
             took, _ = self.generate(prompts, case.tokens)
             return {"seconds": took, "tokens_per_second": case.batch * (case.prompt + case.tokens) / took}
@@ -258,6 +260,17 @@ class Measured:
             result["tokens_per_step"] = tokens / (tokens - accepted / case.batch)
         return result
 
+    def uncached(self, case: Case, count: int) -> list[list[list[int]]]:
+        """Return batches of which nothing is cached but, of a case of turns, the prompt before them."""
+        self.llm.reset_prefix_cache()
+        seeds = range(7_000_000, 7_000_000 + count)
+        news = [self.prompts_of(case.batch, case.more or case.prompt, seed) for seed in seeds]
+        if not case.more:
+            return news
+        prompts = self.prompts_of(case.batch, case.prompt, 8_000_000)
+        self.generate(prompts, 1)
+        return [[old + new for old, new in zip(prompts, batch, strict=True)] for batch in news]
+
     def accepted(self) -> int:
         """Return how many tokens were drafts, of all requests so far."""
         metrics = {metric.name: metric for metric in self.llm.get_metrics()}
@@ -270,9 +283,8 @@ class Measured:
         With them what else may take Python's time: collections of garbage a prompt, by generation, their
         microseconds, and the names of threads.
         """
-        batches = [self.prompts_of(case.batch, case.prompt, 7_000_000 + seed) for seed in range(HOST_PROMPTS)]
-        times = [self.generate(prompts, 1)[0] for prompts in batches]
-        self.llm.reset_prefix_cache()
+        times = [self.generate(prompts, 1)[0] for prompts in self.uncached(case, HOST_PROMPTS)]
+        batches = self.uncached(case, HOST_PROMPTS)
         recording, before = cProfile.Profile(), [stats["collections"] for stats in gc.get_stats()]
         collecting = {"start": 0.0, "stop": 0.0}
 
@@ -310,10 +322,15 @@ class Measured:
         activities = [torch.profiler.ProfilerActivity.CUDA]
         if case.profile == "prefill":
             chunk = self.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
-            whole = (case.prompt - chunk) // 128 * 128  # blocks that the prefix cache can give back
-            self.generate([prompt[: max(whole, 1)] for prompt in prompts], 1)
+            if case.more:
+                (prompts,) = self.uncached(case, 1)
+            else:
+                self.llm.reset_prefix_cache()
+                whole = (case.prompt - chunk) // 128 * 128  # blocks that the prefix cache can give back
+                self.generate([prompt[: max(whole, 1)] for prompt in prompts], 1)
+                prompts = [prompt[: whole + chunk] for prompt in prompts]
             with torch.profiler.profile(activities=activities) as recording:
-                self.generate([prompt[: whole + chunk] for prompt in prompts], 1)
+                self.generate(prompts, 1)
             return kernel_table(recording, 1)
         # Twice, of different lengths: the difference is decode steps alone.
         self.generate(prompts, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from loadtest import engine, kernels
 from loadtest.advise import Measured
@@ -20,13 +22,16 @@ ROW = {"ttft": 4.0, "tpot": 0.02}
 
 
 @pytest.mark.parametrize(
-    "text", ["1x4096", "32x32768+256", "1x32768~512", "8x131072@decode", "1x262144@prefill"]
+    "text",
+    ["1x4096", "32x32768+256", "1x32768~512", "1x32768~512@host", "8x131072@decode", "1x262144@prefill"],
 )
 def test_a_case_is_read_as_it_is_written(text):
     assert str(Case.parse(text)) == text
 
 
-@pytest.mark.parametrize("text", ["4096", "1x", "1x2@both", "1x2+", "1x2~", "x"])
+@pytest.mark.parametrize(
+    "text", ["4096", "1x", "1x2@both", "1x2+", "1x2~", "1x2~3@decode", "1x2+3@host", "x"]
+)
 def test_another_case_is_refused(text):
     with pytest.raises(ValueError, match="expected 1x4096"):
         Case.parse(text)
@@ -205,6 +210,22 @@ def test_what_python_does_is_counted_by_prompt(tmp_path, monkeypatch, fake_engin
     assert generate["launches"] == 1
     assert len(row["collections"]) == 3
     assert "MainThread" in row["threads"]
+
+
+def test_the_next_turn_is_profiled_behind_its_cached_prompt(tmp_path, monkeypatch, fake_engines):
+    output = tmp_path / "engine.json"
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext("recording"))
+    row = {"kernel": "near", "launches": 1.0, "us": 2.0}
+    tables = {("recording", 1): [row]}
+    monkeypatch.setattr(kernels, "kernel_table", lambda *args: tables[args])
+    command = ["engine", "--shape", "tiny", "--side", "focus", "--output", str(output), "--cases"]
+    monkeypatch.setattr(sys, "argv", [*command, "1x30~9@host", "2x30~9@prefill"])
+    engine.main()
+    turns = [0, 30, *[39] * engine.HOST_PROMPTS]
+    assert fake_engines[0].prompts[2:] == [*turns, *turns, 0, 30, 30, 39, 39]
+    rows = json.loads(output.read_text())["sides"]["focus"]["rows"]
+    assert rows["1x30~9@host"]["ttft"] > 0
+    assert rows["2x30~9@prefill"] == {"kernels": [row]}
 
 
 def test_no_case_is_started_when_the_time_is_over(tmp_path, monkeypatch, fake_engines):

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from focus_vllm.config import FocusConfig
+from focus_vllm.kernels.launch import Launcher
 
 TILE = 512
 PROGRAMS = 1024
@@ -156,6 +157,9 @@ def _list_kernel(
             tl.atomic_add(totals + 3, length.to(tl.int64), mask=new_slot >= 0, sem="relaxed")
 
 
+_launch_list = Launcher(_list_kernel)
+
+
 def decode_parts(num_queries: int) -> int:
     """Return among how many programs each query's context is divided."""
     parts: int = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_queries))
@@ -204,9 +208,10 @@ def build_decode_lists(
     num_queries = len(list_lens)
     parts = decode_parts(num_queries)
     budget = NO_BUDGET if config.decode_budget is None else config.decode_budget
-    _list_kernel[(num_queries, parts)](
+    _launch_list(
+        (num_queries, parts),
         slot_mapping, key_groups, store, query_groups, block_table, block_table.stride(0), block_size,
         query_start_loc, 0 if query_start_loc is None else len(query_start_loc) - 1, first_query, seq_lens,
         progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
-        config.dense_below, config.window, config.sink, budget, parts=parts, tile=TILE, num_warps=4,
+        config.dense_below, config.window, config.sink, budget, parts=parts, tile=TILE,
     )  # fmt: skip

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from focus_vllm.kernels.launch import Launcher
+
 if TYPE_CHECKING:
     from focus_vllm.kernels.attention import FlashAttention
 
@@ -54,6 +56,9 @@ def _gather_kernel(
     target = target * head_size + channel[None, :]
     tl.store(paged_keys + target, tl.load(keys + source, mask=mask, other=0), mask=mask)
     tl.store(paged_values + target, tl.load(values + source, mask=mask, other=0), mask=mask)
+
+
+_launch_gather = Launcher(_gather_kernel)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,10 +118,11 @@ class GatheredAttention:
         # As bytes: a copy needs no arithmetic, which not every GPU has for FP8.
         pairs = (self.scratch.keys, self.scratch.values, keys, values)
         paged_keys, paged_values, keys, values = (part.view(_bits(part)) for part in pairs)
-        _gather_kernel[grid](
+        _launch_gather(
+            grid,
             paged_keys, paged_values, keys, values, keys.stride(0), keys.stride(2), lists, lists.stride(0),
             used, first_page, len(lists), num_kv_heads=num_kv_heads, head_size=head_size,
-            padded_size=triton.next_power_of_2(head_size), page=page, rows=32, num_warps=4,
+            padded_size=triton.next_power_of_2(head_size), page=page, rows=32,
         )  # fmt: skip
 
 

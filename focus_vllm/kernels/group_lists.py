@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from focus_vllm.config import FocusConfig
+from focus_vllm.kernels.launch import Launcher
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
     EVERYTHING,
@@ -250,6 +251,11 @@ def _sort_kernel(
         tl.store(sorted_query + to[:, None] * sorted_stride + column[None, :], q, mask=mask)
 
 
+_launch_count = Launcher(_count_kernel)
+_launch_write = Launcher(_write_kernel)
+_launch_sort = Launcher(_sort_kernel)
+
+
 def build_group_lists(
     plan: PrefillPlan,
     store: torch.Tensor,
@@ -293,9 +299,10 @@ def build_group_lists(
     one_list = config.key_k > 1
     tiling = {"fields": FIELDS, "padded_lists": padded, "one_list": one_list}
     tiling |= {"key_tile": KEY_TILE, "query_tile": QUERY_TILE}
-    _count_kernel[(tiles,)](*common, **tiling, num_warps=4)
+    _launch_count((tiles,), *common, **tiling)
     whole_list = far_mode(config) is Far.GROUP
-    _write_kernel[(tiles,)](
+    _launch_write(
+        (tiles,),
         *common, result.slots, plan.max_keys, cu_seqlens_q, seqused_k, row_of, config.window,
         num_lists=num_lists, copies=copies, whole_list=whole_list,
         block_queries=EVERYTHING if whole_list else BLOCK_QUERIES,
@@ -323,9 +330,9 @@ def sort_queries(
     result = scratch[: plan.num_queries * copies]
     width = query.shape[1] * query.shape[2]
     tokens, columns = 8, 1024
-    _sort_kernel[(plan.num_query_tiles * (QUERY_TILE // tokens), triton.cdiv(width, columns))](
+    _launch_sort(
+        (plan.num_query_tiles * (QUERY_TILE // tokens), triton.cdiv(width, columns)),
         query, query.stride(0), result, result.stride(0), lists.row_of, plan.segments, plan.query_tiles,
         width, copies=copies, fields=FIELDS, query_tile=QUERY_TILE, tokens=tokens, columns=columns,
-        num_warps=4,
     )  # fmt: skip
     return result

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from focus_vllm.config import FocusConfig
+from focus_vllm.kernels.launch import Launcher
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
     COPY_TILE,
@@ -317,6 +318,10 @@ def _near_kernel(
     )  # fmt: skip
 
 
+_launch_copy = Launcher(_copy_kernel)
+_launch_near = Launcher(_near_kernel)
+
+
 def near_and_merge(
     plan: PrefillPlan,
     query: torch.Tensor,
@@ -352,13 +357,15 @@ def near_and_merge(
     table = (cache.block_table, cache.block_table.stride(0), cache.block_size)
     slots = (cache.keys, cache.values, *strides, *table)
     if far is not None:
-        _copy_kernel[(plan.num_copy_tiles, num_kv_heads)](
+        _launch_copy(
+            (plan.num_copy_tiles, num_kv_heads),
             near.keys, near.values, near.groups, *slots, store, plan.segments, plan.copy_tiles,
             config.window, config.sink, num_kv_heads=num_kv_heads, head_size=head_size,
-            padded_size=padded_size, fields=FIELDS, tile=COPY_TILE, bits=bits, num_warps=4,
+            padded_size=padded_size, fields=FIELDS, tile=COPY_TILE, bits=bits,
         )  # fmt: skip
     far_out, far_lse, row_of = far or (out, scores.q_scale, plan.segments)
-    _near_kernel[(plan.num_near_tiles, num_kv_heads)](
+    _launch_near(
+        (plan.num_near_tiles, num_kv_heads),
         query, query.stride(0), out, out.stride(0), query_groups, store, *slots,
         near.keys, near.values, near.groups,
         far_out, far_out.stride(0), far_lse, 0 if far is None else far[1].stride(0), row_of,

@@ -158,13 +158,15 @@ def _channels(num_groups: int) -> int:
     return max(64, CHANNELS * 8 // _padded(num_groups))  # wider weights take narrower tiles
 
 
+_launch_route = Launcher(_route_kernel)
+
+
 @functools.cache
-def _launcher(device: torch.device, dtype: torch.dtype, num_groups: int, split: bool) -> Launcher:
-    stages = 2 if split else STAGES
-    if device.type == "cuda" and not split:
-        properties: Any = torch.cuda.get_device_properties(device)
-        stages = num_stages(dtype, num_groups, properties.shared_memory_per_block_optin)
-    return Launcher(_route_kernel, num_warps=WARPS, num_stages=stages)
+def _stages(device: torch.device, dtype: torch.dtype, num_groups: int) -> int:
+    if device.type != "cuda":
+        return STAGES
+    properties: Any = torch.cuda.get_device_properties(device)
+    return num_stages(dtype, num_groups, properties.shared_memory_per_block_optin)
 
 
 @functools.cache
@@ -218,11 +220,11 @@ def route_into(
     parts = -(-hidden_size // (PART * channels))
     buffers = _split_buffers(hidden.device, padded, parts)
     split = num_tokens <= SPLIT_TOKENS and parts > 1
-    aligned = hidden.data_ptr() % 16 == 0, weight.data_ptr() % 16 == 0
-    _launcher(hidden.device, hidden.dtype, num_groups, split)(
-        (aligned, key_groups.dtype, stride, hidden_size, key_k, top_k),
-        (-(-num_tokens // TOKENS), parts if split else 1, 1),
+    _launch_route(
+        (-(-num_tokens // TOKENS), parts if split else 1),
         hidden, stride, weight, bias, key_groups, query_groups, num_tokens, hidden_size,
         *(buffers if split else (None, None)),
-        num_groups, padded, key_k, top_k, TOKENS, channels, PART, parts,
+        num_groups=num_groups, padded_groups=padded, key_k=key_k, top_k=top_k, tokens=TOKENS,
+        channels=channels, part=PART, parts=parts, num_warps=WARPS,
+        num_stages=2 if split else _stages(hidden.device, hidden.dtype, num_groups),
     )  # fmt: skip

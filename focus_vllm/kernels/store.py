@@ -42,7 +42,7 @@ def _store_kernel(
         tl.atomic_add(totals + 3, decode, mask=real, sem="relaxed")
 
 
-_launch = Launcher(_store_kernel, num_warps=4)
+_launch_store = Launcher(_store_kernel)
 
 
 def address_of(store: torch.Tensor, key_groups: torch.Tensor) -> torch.Tensor:
@@ -74,6 +74,14 @@ def write_stores(
             request's step.
     """
     if num_tokens := slot_mapping.shape[0]:
-        grid = (-(-num_tokens // TOKENS), addresses.shape[0], 1)
-        key = dtype, totals.device
-        _launch(key, grid, addresses, slot_mapping, num_tokens, totals, *dense_pairs, GROUPS[dtype], TOKENS)
+        grid = (-(-num_tokens // TOKENS), addresses.shape[0])
+        _launch_store(
+            grid,
+            addresses,
+            slot_mapping,
+            num_tokens,
+            totals,
+            *dense_pairs,
+            groups=GROUPS[dtype],
+            tokens=TOKENS,
+        )

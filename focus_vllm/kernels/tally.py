@@ -14,6 +14,7 @@ import triton.language as tl
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.group_lists import COUNT_ROWS, GroupLists, key_members, query_members, sum_counts
+from focus_vllm.kernels.launch import Launcher
 from focus_vllm.kernels.plan import FIELDS, KEY_TILE, QUERY_TILE, PrefillPlan, padded_lists, signatures
 
 KEYS = 128
@@ -75,6 +76,9 @@ def _tally_kernel(
     tl.atomic_add(totals + 1, tl.sum(selected.to(tl.int64), axis=0), sem="relaxed")
 
 
+_launch_tally = Launcher(_tally_kernel)
+
+
 def tally_prefill(
     plan: PrefillPlan,
     query_groups: torch.Tensor,
@@ -97,7 +101,8 @@ def tally_prefill(
         lists: From `build_group_lists`; None if there are none.
         totals: `[4]`, int64.
     """
-    _tally_kernel[(plan.num_query_tiles,)](
+    _launch_tally(
+        (plan.num_query_tiles,),
         plan.segments, plan.query_tiles, query_groups, store, block_table, block_table.stride(0), block_size,
         plan.signatures, plan.segments if lists is None else lists.counts, totals,
         config.window, config.sink, listed=lists is not None, fields=FIELDS,
