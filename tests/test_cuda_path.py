@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import sys
@@ -145,12 +146,18 @@ def new_slots(batch: PagedBatch) -> torch.Tensor:
 
 
 def forward(
-    backend: Any, batch: PagedBatch, layer: Any = None, most_drafts: int = 0, **changes: Any
+    backend: Any,
+    batch: PagedBatch,
+    layer: Any = None,
+    most_drafts: int = 0,
+    metadata: Any = None,
+    **changes: Any,
 ) -> tuple[torch.Tensor, dict[str, dict[str, int]]]:
     """Run a routed layer; return its output and what it counted."""
     slots = new_slots(batch)
     impl = layer_of(backend, batch, slots, **changes)
-    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity(), most_drafts)
+    if metadata is None:
+        metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity(), most_drafts)
     out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
     cache = batch.cache.transpose(1, 2)
     if cache.dtype.itemsize == 1:
@@ -405,12 +412,40 @@ def test_fp8_cache_with_descales_follows_the_definition(backend, shape):
     batch = batch_of(settings("1/1", dense_below=100), shape, torch.float8_e4m3fn, **lengths)
     scales = {"_q_scale": torch.tensor(0.5), "_k_scale": torch.tensor(1.5), "_v_scale": torch.tensor(0.25)}
     out, _ = forward(backend, batch, SimpleNamespace(**scales), kv_cache_dtype="fp8")
-    scale = batch.query.shape[-1] ** -0.5 * 0.75
+    assert_scaled(batch, out, 0.75, 0.25)
+
+
+def assert_scaled(batch: PagedBatch, out: torch.Tensor, score_scale: float, value_scale: float) -> None:
+    scale = batch.query.shape[-1] ** -0.5 * score_scale
     for request, start in enumerate(batch.query_start_loc[:-1]):
         queries = batch.query_lens[request]
-        expected = batch.reference(request, slice(0, queries), scale) * 0.25
+        expected = batch.reference(request, slice(0, queries), scale) * value_scale
         got = out[start : start + queries].float()
         assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_every_layer_of_a_step_follows_the_definition_with_its_own_tensors(backend):
+    lengths = {"seq_lens": [300, 190], "query_lens": [40, 150]}
+    batch = batch_of(settings("1/1", dense_below=100), "gqa", torch.float8_e4m3fn, **lengths)
+    slots = new_slots(batch)
+    capacity = layer_of(
+        backend, dataclasses.replace(batch, store=batch.store.clone()), slots
+    ).scratch_capacity()
+    metadata = metadata_of(backend, batch, batch.config, slots, capacity)
+    for q_scale, k_scale, v_scale in [(0.5, 1.5, 0.25), (1.0, 1.5, 0.25), (0.5, 0.5, 0.25), (0.5, 1.5, 2.0)]:
+        layer = SimpleNamespace(
+            _q_scale=torch.tensor(q_scale), _k_scale=torch.tensor(k_scale), _v_scale=torch.tensor(v_scale)
+        )
+        out, counts = forward(backend, batch, layer, metadata=metadata, kv_cache_dtype="fp8")
+        assert_scaled(batch, out, q_scale * k_scale, v_scale)
+        assert counts == pairs_by_phase(batch)
+        # The next layer's keys are elsewhere, and its tokens in other groups.
+        batch = dataclasses.replace(batch, query=batch.query.clone(), cache=batch.cache.clone())
+        old, last = batch.store.int(), batch.config.num_groups - 1
+        groups = (old << 1 & (2 << last) - 1 | old >> last).to(batch.store.dtype)
+        batch = dataclasses.replace(batch, store=groups, query_groups=groups[slots])
+    assert len(metadata.focus.prefill._known) == 1, "launches were repeated"
 
 
 def test_query_centroids_show_in_the_layers_bias(backend):
@@ -424,7 +459,8 @@ def test_query_centroids_show_in_the_layers_bias(backend):
 @pytest.mark.usefixtures("stand_ins")
 def test_groups_of_a_dense_step_are_stored_at_its_end_and_those_of_others_by_every_layer(backend):
     dense = {"seq_lens": [30, 100], "query_lens": [1, 100]}
-    for lengths, stored in ((dense, [0, 0, 3]), (LENGTHS, [1, 2, 3])):
+    mixed = {"seq_lens": [130, 100], "query_lens": [1, 100]}
+    for lengths, stored in ((dense, [0, 0, 3]), (mixed, [1, 2, 3])):
         impls = []
         for _ in range(3):
             batch = batch_of(settings("1/1", dense_below=100), **lengths)

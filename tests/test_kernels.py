@@ -26,6 +26,7 @@ from focus_vllm.kernels.attention import (
 )
 from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
+from focus_vllm.kernels.launch import Repeated
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -121,6 +122,7 @@ def prefill(
     near_capacity: int | None = None,
     flash: Callable[[Scores], FlashAttention] = SlowFlashAttention,
     scales: tuple[torch.Tensor, ...] = (),
+    repeated: Repeated | None = None,
 ) -> torch.Tensor:
     _, num_heads, head_size = batch.query.shape
     num_kv_heads = batch.cache.shape[2]
@@ -141,10 +143,17 @@ def prefill(
     scratch = prefill_scratch(batch, capacity, row_capacity, near_capacity)
     out = torch.full_like(batch.query, float("nan"), dtype=out_dtype_of(batch))
     totals = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-    prefill_attention(
-        with_pages(flash(scores), batch), waves, batch.query, out, batch.query_groups, batch.store,
-        batch.paged, batch.config, scores, scratch, totals,
-    )  # fmt: skip
+    attention, cache = with_pages(flash(scores), batch), batch.paged
+
+    def launches() -> None:
+        prefill_attention(
+            attention, waves, batch.query, out, batch.query_groups, batch.store, cache, batch.config, scores,
+            scratch, totals,
+        )  # fmt: skip
+
+    tensors = batch.query, out, batch.query_groups, batch.store, totals
+    cached = cache.keys, cache.values, cache.block_table
+    (repeated or Repeated())((*tensors, *cached, attention), launches)
     if batch.config.dense_below == 0:
         assert totals.tolist() == [*pairs_of(batch), 0, 0]
     return out
@@ -273,6 +282,19 @@ def test_prefill_in_several_waves_gives_what_one_wave_gives(groups):
     batch = batch_of(config, seq_lens=[90, 1100, 300, 80], query_lens=[80, 1050, 20, 7])
     split = prefill(batch, row_capacity=1024 * lists_per_query(config))
     assert_matches_definition(batch, split)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_one_layers_launches_serve_the_others(groups):
+    config, lengths = settings(groups), {"seq_lens": [300, 90], "query_lens": [200, 90]}
+    layers = [
+        make_batch(config=config, **lengths, **SHAPES["gqa"], dtype=torch.float32, device=DEVICE, seed=seed)
+        for seed in range(3)
+    ]
+    repeated = Repeated()
+    for layer in layers:
+        assert_matches_definition(layer, prefill(layer, repeated=repeated))
+    assert len(repeated._known) == 1
 
 
 @pytest.mark.parametrize("groups", ["1/1", "1/2", "2/2"])

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from focus_vllm.kernels.launch import Launcher
+from focus_vllm.kernels import launch as launch_module
+from focus_vllm.kernels.launch import Launcher, Repeated, call
 
 FLOATS = torch.zeros(64)
 BYTES = torch.zeros(64, dtype=torch.uint8)
@@ -30,14 +31,10 @@ def _arguments(plain, unaligned, general, annotated: tl.int64, first: tl.constex
     pass
 
 
-def kernel_of(function: Callable[..., None] = _arguments) -> JITFunction:
-    return JITFunction(
-        function, do_not_specialize=["general", "annotated"], do_not_specialize_on_alignment=["unaligned"]
-    )
-
-
 def test_arguments_of_one_key_are_one_to_triton() -> None:
-    kernel = kernel_of()
+    kernel = JITFunction(
+        _arguments, do_not_specialize=["general", "annotated"], do_not_specialize_on_alignment=["unaligned"]
+    )
     launcher = Launcher(kernel)
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -56,55 +53,135 @@ def test_arguments_of_one_key_are_one_to_triton() -> None:
 
 
 class Recorder(JITFunction):
-    """Returns as compiled what records its launches."""
+    """Returns as compiled what notes its launches."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.launches: list[tuple[Any, ...]] = []
+    def __init__(self) -> None:
+        super().__init__(_arguments)
+        self.noted: list[tuple[Any, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **options: Any) -> Any:
-            number = len(self.launches)
-            self.launches.append(("compiled", grid, args, options))
-            return Compiled(self, number)
-
-        return launch
-
-
-class Compiled:
-    def __init__(self, recorder: Recorder, number: int) -> None:
-        self.recorder, self.number = recorder, number
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.recorder.launches.append((self.number, grid[:3], args))
+    def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> SimpleNamespace:
+        assert warmup, "launched by Triton"
+        number = len(self.noted)
+        self.noted.append(("compiled", args, options))
+        return SimpleNamespace(
+            run=lambda *args: self.noted.append((number, *args)), function="handle", packed_metadata="packed"
+        )
 
 
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    active = SimpleNamespace(get_current_device=lambda: 3, get_current_stream=lambda device: f"on {device}")
+    monkeypatch.setattr(launch_module, "driver", SimpleNamespace(active=active))
+
+
+def launched(number: int, size: tuple[int, ...], *args: Any) -> tuple[Any, ...]:
+    addresses = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    return number, *size, "on 3", "handle", "packed", None, None, None, *addresses
+
+
+@pytest.mark.usefixtures("stream")
 def test_a_binary_is_launched_again_for_the_same_constants_and_options() -> None:
-    recorder = Recorder(_arguments)
+    recorder = Recorder()
     launch = Launcher(recorder)
     args = (FLOATS, FLOATS, 3, 3)
+    double = (FLOATS.double(), *args[1:])
     launch((5,), *args, second=2, first=1)
     launch((7, 2), *args, first=1, second=2)
     launch((7,), *args, first=2, second=1)
     launch((7,), *args, first=1, second=2, num_warps=8)
-    launch((7,), FLOATS.double(), *args[1:], first=1, second=2)
+    launch((7,), *double, first=1, second=2)
     launch((8,), *args, first=2, second=1)
     usual = {"num_warps": 4, "num_stages": 3}
-    assert str(recorder.launches) == str(
+    assert str(recorder.noted) == str(
         [
-            ("compiled", (5,), (*args, 1, 2), usual),
-            (0, (7, 2, 1), (*args, 1, 2)),
-            ("compiled", (7,), (*args, 2, 1), usual),
-            ("compiled", (7,), (*args, 1, 2), usual | {"num_warps": 8}),
-            ("compiled", (7,), (FLOATS.double(), *args[1:], 1, 2), usual),
-            (2, (8, 1, 1), (*args, 2, 1)),
+            ("compiled", (*args, 1, 2), usual),
+            launched(0, (5, 1, 1), *args, 1, 2),
+            launched(0, (7, 2, 1), *args, 1, 2),
+            ("compiled", (*args, 2, 1), usual),
+            launched(3, (7, 1, 1), *args, 2, 1),
+            ("compiled", (*args, 1, 2), usual | {"num_warps": 8}),
+            launched(5, (7, 1, 1), *args, 1, 2),
+            ("compiled", (*double, 1, 2), usual),
+            launched(7, (7, 1, 1), *double, 1, 2),
+            launched(3, (8, 1, 1), *args, 2, 1),
         ]
     )
 
 
+@pytest.mark.usefixtures("stream")
+def test_launches_are_repeated_with_other_values_and_with_what_calls_return() -> None:
+    recorder = Recorder()
+    launch, repeated = Launcher(recorder), Repeated()
+    scratch, begun, results = torch.ones(4), [], []
+
+    def attention(keys: torch.Tensor, scale: float) -> torch.Tensor:
+        launch((9,), keys, keys, 0, 0, first=0, second=0)  # of its own, not to be repeated beside it
+        results.append(keys * scale)
+        return results[-1]
+
+    def layer(keys: torch.Tensor, scale: float, none: None) -> None:
+        def launches() -> None:
+            begun.append(keys)
+            launch((1,), keys, scratch, 3, 3, first=1, second=2)
+            result = call(attention, keys, scale)
+            launch((2,), result, none, 3, 3, first=1, second=2)
+
+        repeated((keys, scale, none), launches)
+
+    layers = list(
+        zip([torch.full((4,), float(number)) for number in range(4)], (2.0, 2.0, 2.0, 5.0), strict=True)
+    )
+    for keys, scale in layers:
+        layer(keys, scale, None)
+    layer(layers[0][0].double(), 2.0, None)
+    layer(torch.zeros(5)[1:], 2.0, None)
+    assert [id(keys) for keys in begun[:2]] == [id(layers[0][0]), id(layers[3][0])]
+    assert len(begun) == 4, "another number, dtype and alignment begin anew"
+    # Every binary is noted once as compiled, before its launches.
+    launches = [(note[1], *note[10:]) for note in recorder.noted if note[0] != "compiled"]
+    expected = []
+    for (keys, scale), result in zip(layers, results[:4], strict=True):
+        assert torch.equal(result, keys * scale)
+        expected += [
+            (1, keys.data_ptr(), scratch.data_ptr(), 3, 3, 1, 2),
+            (9, keys.data_ptr(), keys.data_ptr(), 0, 0, 0, 0),
+            (2, result.data_ptr(), None, 3, 3, 1, 2),
+        ]
+    assert launches[: len(expected)] == expected
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_view_is_refused_that_a_repetition_would_not_replace() -> None:
+    launch, repeated, keys = Launcher(Recorder()), Repeated(), torch.zeros(8)
+    with pytest.raises(RuntimeError, match="argument 1 is a view"):
+        repeated([keys], lambda: launch((1,), keys, keys[4:], 3, 3, first=1, second=2))
+    with pytest.raises(RuntimeError, match="argument 0 is a view"):
+        repeated([keys[4:]], lambda: call(torch.sum, keys))
+
+
+@pytest.mark.usefixtures("stream")
+def test_what_failed_is_not_repeated() -> None:
+    recorder, repeated, attempts = Recorder(), Repeated(), []
+    launch = Launcher(recorder)
+
+    def launches() -> None:
+        launch((1,), FLOATS, FLOATS, 3, 3, first=1, second=2)
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        repeated([FLOATS], launches)
+    launch((2,), FLOATS, FLOATS, 3, 3, first=1, second=2)  # nobody's
+    for _ in range(2):
+        repeated([FLOATS], launches)
+    assert len(attempts) == 2
+    assert [note[1] for note in recorder.noted if note[0] != "compiled"] == [1, 2, 1, 1]
+
+
 def test_constants_have_to_be_given_and_to_be_last() -> None:
     with pytest.raises(KeyError, match="second"):
-        Launcher(Recorder(_arguments))((1,), FLOATS, FLOATS, 3, 3, first=1)
+        Launcher(Recorder())((1,), FLOATS, FLOATS, 3, 3, first=1)
 
     def wrong(first: tl.constexpr, then):
         pass

@@ -50,6 +50,7 @@ from focus_vllm.kernels.attention import (
 )
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
+from focus_vllm.kernels.launch import Repeated
 from focus_vllm.kernels.near import GROUP_BITS, Cache, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -187,6 +188,10 @@ class FocusBatch:
     first_decode: torch.Tensor
     """`[max_num_reqs + 1]`, int32: 0, 1, 2, ..."""
     progress: Progress
+    decode: Repeated = dataclasses.field(default_factory=Repeated)
+    """What every layer launches for decodes."""
+    prefill: Repeated = dataclasses.field(default_factory=Repeated)
+    """What every layer launches for `waves`."""
 
 
 class Stores:
@@ -452,7 +457,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus.address = address_of(focus.store, focus.key_groups)
 
     def _store_groups(self, metadata: FocusFlashAttentionMetadata | None) -> None:
-        """Store the groups of this step's tokens, unless all are decodes', whose lists' kernel stores them.
+        """Store the groups of this step's tokens, unless the launches for decodes or waves do.
 
         Of a dense step nobody reads them until it is over: the last layer stores those of all.
         """
@@ -464,7 +469,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             if focus is not metadata.stores.layers[-1]:
                 return
             addresses = metadata.stores.addresses()
-        elif not _decodes_alone(metadata.focus):
+        elif metadata.focus.dense is not None and not metadata.focus.waves:
             assert focus.address is not None
             addresses = focus.address
         else:
@@ -603,40 +608,14 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus: LayerFocus,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: FlashAttentionMetadata,
+        metadata: FocusFlashAttentionMetadata,
         batch: FocusBatch,
         output: torch.Tensor,
     ) -> None:
-        assert focus.store is not None
-        scores, totals = self._scores(layer), self._totals(focus)
-        cache = self._cache(kv_cache, metadata.block_table)
+        scores, cache = self._scores(layer), self._cache(kv_cache, metadata.block_table)
         if batch.num_decodes:
-            listed, self.listed = self.listed is batch, None
-            if listed:
-                rejoin(query.device, Beside.LISTS)
-            decodes = slice(0, batch.num_decode_tokens)
-            scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, output.dtype)
-            # A schedule is for so many sequences, and of any lengths only if the most splits are given.
-            one_call = batch.num_decodes <= len(scratch.list_lens)
-            one_query_each = _decodes_alone(batch) and batch.query_start_loc is None
-            given = one_call and one_query_each and gather is None and metadata.max_num_splits > 1
-            schedule = metadata.scheduler_metadata if given else None
-            decode_attention(
-                self._attention(scores, metadata.max_num_splits, gather, schedule),
-                query[decodes],
-                output[decodes],
-                metadata.slot_mapping,
-                focus.key_groups,
-                focus.query_groups,
-                focus.store,
-                cache,
-                metadata.seq_lens,
-                batch.config,
-                scratch,
-                totals,
-                batch.query_start_loc,
-                listed=listed,
-            )
+            decodes = query[: batch.num_decode_tokens], output[: batch.num_decode_tokens]
+            self._decode(focus, metadata, batch, scores, cache, *decodes)
         if batch.dense is not None:
             pages = kv_cache.transpose(1, 2)
             self._attention(scores, metadata.max_num_splits, None)(
@@ -652,17 +631,90 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 causal=True,
             )
         if batch.waves:
-            prefill, gather = self._prefill_scratch(query, output)
+            self._prefill(focus, metadata, batch, scores, cache, query, output)
+
+    def _decode(
+        self,
+        focus: LayerFocus,
+        metadata: FocusFlashAttentionMetadata,
+        batch: FocusBatch,
+        scores: Scores,
+        cache: Cache,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        listed, self.listed = self.listed is batch, None
+        if listed:
+            rejoin(query.device, Beside.LISTS)
+        store, totals, capacity = focus.store, self._totals(focus), self.scratch_capacity()
+        assert store is not None
+        buffers = batch.first_decode, batch.progress, output.dtype
+        gather = self._decode_scratch(*buffers)[1] if any(capacity.gather) else None
+        # A schedule is for so many sequences, and of any lengths only if the most splits are given.
+        one_call = batch.num_decode_tokens <= capacity.decode_rows
+        one_query_each = _decodes_alone(batch) and batch.query_start_loc is None
+        given = one_call and one_query_each and gather is None and metadata.max_num_splits > 1
+        schedule = metadata.scheduler_metadata if given else None
+        attention = self._attention(scores, metadata.max_num_splits, gather, schedule)
+
+        def launch() -> None:
+            decode_attention(
+                attention,
+                query,
+                output,
+                metadata.slot_mapping,
+                focus.key_groups,
+                focus.query_groups,
+                store,
+                cache,
+                metadata.seq_lens,
+                batch.config,
+                self._decode_scratch(*buffers)[0],
+                totals,
+                batch.query_start_loc,
+                listed=listed,
+            )
+
+        if one_call:
+            tensors = query, output, focus.key_groups, focus.query_groups, store, totals
+            cached = cache.keys, cache.values, cache.block_table
+            batch.decode((*tensors, *cached, attention, listed), launch)
+        else:
+            launch()
+
+    def _prefill(
+        self,
+        focus: LayerFocus,
+        metadata: FocusFlashAttentionMetadata,
+        batch: FocusBatch,
+        scores: Scores,
+        cache: Cache,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        store, address, totals = focus.store, focus.address, self._totals(focus)
+        assert store is not None
+        assert address is not None
+        gather = self._prefill_scratch(query, output)[1] if any(self.scratch_capacity().gather) else None
+        attention = self._attention(scores, metadata.max_num_splits, gather)
+
+        def launch() -> None:
+            write_stores(address, store.dtype, metadata.slot_mapping, totals, metadata.dense_pairs)
             prefill_attention(
-                self._attention(scores, metadata.max_num_splits, gather),
+                attention,
                 batch.waves,
                 query,
                 output,
                 focus.query_groups,
-                focus.store,
+                store,
                 cache,
                 batch.config,
                 scores,
-                prefill,
+                self._prefill_scratch(query, output)[0],
                 totals,
             )
+
+        tensors = query, output, address, focus.query_groups, store, totals
+        scaled = scores.scale, scores.softcap, scores.q_scale, scores.k_scale, scores.v_scale
+        cached = cache.keys, cache.values, cache.block_table
+        batch.prefill((*tensors, *cached, *scaled, attention), launch)

@@ -14,7 +14,8 @@ import torch
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
-from focus_vllm.kernels.group_lists import build_group_lists, sort_queries
+from focus_vllm.kernels.group_lists import GroupLists, build_group_lists, sort_queries
+from focus_vllm.kernels.launch import call
 from focus_vllm.kernels.near import Cache, NearKeys, Scores, near_and_merge
 from focus_vllm.kernels.plan import Far, PrefillPlan, far_mode
 from focus_vllm.kernels.tally import tally_prefill
@@ -124,22 +125,37 @@ def prefill_attention(
             )  # fmt: skip
             sorted_query = sort_queries(plan, query, lists, config, scratch.query)
             far_out = scratch.out[: len(sorted_query)]
-            lse = attention(
-                sorted_query,
-                cache.keys,
-                cache.values,
-                out=far_out,
-                block_table=lists.slots,
-                table_rows=plan.table_rows if mode is Far.BLOCK else None,
-                cu_seqlens_q=lists.cu_seqlens_q,
-                seqused_k=lists.seqused_k,
-                max_seqlen_q=plan.max_queries,
-                max_seqlen_k=plan.max_keys,
-                causal=mode is Far.GROUP,
+            lse = call(
+                _far_attention, attention, plan, mode, lists, sorted_query, cache.keys, cache.values, far_out
             )
             far = (far_out, lse, lists.row_of)
         tally_prefill(plan, query_groups, store, cache.block_table, cache.block_size, config, lists, totals)
         near_and_merge(plan, query, out, query_groups, store, cache, config, scores, far, scratch.near)
+
+
+def _far_attention(
+    attention: FlashAttention,
+    plan: PrefillPlan,
+    mode: Far,
+    lists: GroupLists,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    return attention(
+        query,
+        keys,
+        values,
+        out=out,
+        block_table=lists.slots,
+        table_rows=plan.table_rows if mode is Far.BLOCK else None,
+        cu_seqlens_q=lists.cu_seqlens_q,
+        seqused_k=lists.seqused_k,
+        max_seqlen_q=plan.max_queries,
+        max_seqlen_k=plan.max_keys,
+        causal=mode is Far.GROUP,
+    )
 
 
 def decode_attention(
@@ -176,43 +192,61 @@ def decode_attention(
         query_start_loc: As `build_decode_lists` takes it.
         listed: The lists are in `scratch` already, which has room for all, and the groups are stored.
     """
-    rows, max_model_len = scratch.lists.shape
+    rows = len(scratch.lists)
     for start in range(0, len(query), rows):
-        part = slice(start, min(start + rows, len(query)))
-        count = part.stop - start
-        list_lens = scratch.list_lens[:count]
+        count = min(rows, len(query) - start)
+        part = slice(start, start + count) if len(query) > rows else None
+        # Without several queries a request is a row, and each call has its own.
+        requests = part if query_start_loc is None else None
+        lists, list_lens = scratch.lists[:count], scratch.list_lens[:count]
         if not listed:
-            # Without several queries a request is a row, and each call has its own.
-            requests = part if query_start_loc is None else slice(None)
             build_decode_lists(
-                slot_mapping[part],
-                key_groups[part],
+                _part(slot_mapping, part),
+                _part(key_groups, part),
                 store,
-                query_groups[part],
-                cache.block_table[requests],
+                _part(query_groups, part),
+                _part(cache.block_table, requests),
                 cache.block_size,
-                seq_lens[requests],
+                _part(seq_lens, requests),
                 config,
                 scratch.progress,
-                scratch.lists[:count],
+                lists,
                 list_lens,
                 totals,
                 query_start_loc,
                 start,
             )
-        attention(
-            query[part],
-            cache.keys,
-            cache.values,
-            out=out[part],
-            block_table=scratch.lists[:count],
-            table_rows=None,
-            cu_seqlens_q=scratch.cu_seqlens_q[: count + 1],
-            seqused_k=list_lens,
-            max_seqlen_q=1,
-            max_seqlen_k=max_model_len,
-            causal=True,
-        )
+        queries, outputs, starts = _part(query, part), _part(out, part), scratch.cu_seqlens_q[: count + 1]
+        call(_list_attention, attention, queries, cache.keys, cache.values, outputs, lists, list_lens, starts)
+
+
+def _part(tensor: torch.Tensor, part: slice | None) -> torch.Tensor:
+    return tensor if part is None else tensor[part]
+
+
+def _list_attention(
+    attention: FlashAttention,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    lists: torch.Tensor,
+    list_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+) -> None:
+    attention(
+        query,
+        keys,
+        values,
+        out=out,
+        block_table=lists,
+        table_rows=None,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=list_lens,
+        max_seqlen_q=1,
+        max_seqlen_k=lists.shape[1],
+        causal=True,
+    )
 
 
 def decode_scratch_shapes(

@@ -1,25 +1,144 @@
-"""Launch kernels without Triton's checks of their arguments.
+"""Launch kernels with little work on the host.
 
-Those take longer than the launch itself: 120 us with them, on an H200's host, where the GPU is done with a
-layer of an 8B model in 600 us (1,024 tokens).
+Where the GPU has little to do, as for a short prompt behind a long cached one, it waits for the host, which
+launches every layer's kernels one by one.
 """
 
 # mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from triton.runtime import KernelInterface
+from triton.runtime import KernelInterface, driver
 from triton.runtime.jit import JITFunction
+
+_remembering: _Calls | None = None
+
+
+class Repeated:
+    """Launches that many layers need alike, worked out for the first one of each kind."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, _Calls] = {}
+
+    def __call__(self, values: Sequence[Any], launch: Callable[[], None]) -> None:
+        """Do what `launch` does, or did, with these values.
+
+        Args:
+            values: Whatever differs between layers: tensors, which may be others of the same dtype, shape,
+                strides and alignment, numbers, and objects that `call` passes on.
+            launch: Does it all by `Launcher` and `call`, with the values themselves, not with views of them.
+
+        Raises:
+            RuntimeError: A launch was given a view.
+        """
+        global _remembering
+        kind = tuple(map(_kind, values))
+        known = self._known.get(kind)
+        if known is not None:
+            known.repeat(values)
+            return
+        calls = _remembering = _Calls(values)
+        try:
+            launch()
+        finally:
+            _remembering = None
+        self._known[kind] = calls
+
+
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Call, and again where `Repeated` repeats.
+
+    Args:
+        function: What launches something.
+        args: Its arguments.
+
+    Returns:
+        What it returns, which calls to come may be given.
+    """
+    global _remembering
+    calls, _remembering = _remembering, None
+    try:
+        result = function(*args)
+    finally:
+        _remembering = calls
+    if calls is not None:
+        calls.add(function, args, result)
+    return result
+
+
+class _Calls:
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._calls: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]] = []
+        self._numbers = {id(value): number for number, value in enumerate(values) if value is not None}
+        self._num_values = len(values)
+        self._storages = {_storage(value) for value in values if isinstance(value, torch.Tensor)}
+        self._alive: list[Any] = []
+
+    def add(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+        places, kept = [], []
+        for place, arg in enumerate(args):
+            number = self._numbers.get(id(arg))
+            if number is not None:  # will be replaced, and is not kept
+                places.append((place, number))
+                arg = None
+            elif isinstance(arg, torch.Tensor) and arg.numel() and _storage(arg) in self._storages:
+                raise RuntimeError(f"{function}: argument {place} is a view of a tensor that will be another")
+            kept.append(arg)
+        self._alive.append(kept)
+        self._calls.append((function, _pointers(kept) if isinstance(function, _Bound) else kept, places))
+        if result is not None:
+            self._alive.append(result)  # whose number must stay its own
+            self._numbers[id(result)] = self._num_values + len(self._calls) - 1
+
+    def repeat(self, values: Sequence[Any]) -> None:
+        have = list(values)
+        pointers = _pointers(have)
+        for function, args, places in self._calls:
+            args = args.copy()
+            source = pointers if isinstance(function, _Bound) else have
+            for place, number in places:
+                args[place] = source[number]
+            result = function(*args)
+            have.append(result)
+            pointers += _pointers((result,))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _pointers(values: Sequence[Any]) -> list[Any]:
+    """Triton's launcher asks the driver about every tensor, and of integers nothing."""
+    return [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+class _Bound:
+    """A binary and its numbers of programs."""
+
+    def __init__(self, compiled: Any, size: tuple[int, ...]) -> None:
+        self._run, self._size = compiled.run, size
+        self._of_binary = compiled.function, compiled.packed_metadata, None, None, None
+
+    def __call__(self, *args: Any) -> None:
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        self._run(*self._size, stream, *self._of_binary, *args)
+
+
+def _kind(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+    return value if isinstance(value, int | float) else str(type(value))
 
 
 class Launcher:
     """Launches a kernel, whose constants are its last parameters.
 
-    What Triton has compiled for such arguments is launched again as it is.
+    What Triton has compiled for such arguments is launched again as it is, without what may be hooked in.
     """
 
     def __init__(self, kernel: KernelInterface[Any]) -> None:
@@ -45,16 +164,19 @@ class Launcher:
             constants: The kernel's.
         """
         if not isinstance(self._kernel, JITFunction):
-            self._kernel[grid](*args, **constants)
+            call(functools.partial(self._kernel[grid], **constants), *args)
             return
         values = tuple(constants[name] for name in self._constants)
         key = self.key(args, values, num_warps, num_stages)
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._kernel[grid](*args, *values, num_warps=num_warps, num_stages=num_stages)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            compiled = self._kernel.run(*args, *values, grid=grid, warmup=True, **options)
             self._compiled[key] = compiled
-        else:
-            compiled[(*grid, 1, 1)](*args, *values)
+        bound = _Bound(compiled, (*grid, 1, 1)[:3])
+        bound(*_pointers(args), *values)
+        if _remembering is not None:
+            _remembering.add(bound, (*args, *values), None)
 
     def key(self, args: tuple[Any, ...], *others: Hashable) -> Hashable:
         """Return what a binary depends on.
