@@ -349,11 +349,11 @@ def _plan(wave: list[Segment], config: FocusConfig, near_tile: int, device: torc
 def to_device(arrays: list[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Copy integer arrays as int32 in one transfer, flattened; the host does not wait for it."""
     sizes = [_aligned(array.size) for array in arrays]
-    flat = torch.from_numpy(
-        np.concatenate(
-            [np.pad(array.ravel(), (0, size - array.size)) for array, size in zip(arrays, sizes, strict=True)]
-        ).astype(np.int32)
-    )
+    whole, start = np.zeros(sum(sizes), dtype=np.int32), 0
+    for array, size in zip(arrays, sizes, strict=True):
+        whole[start : start + array.size] = array.ravel()
+        start += size
+    flat = torch.from_numpy(whole)
     if device.type == "cuda":
         flat = flat.pin_memory().to(device, non_blocking=True)
     parts = torch.split(flat, sizes)
