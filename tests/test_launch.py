@@ -160,6 +160,17 @@ def test_a_view_is_refused_that_a_repetition_would_not_replace() -> None:
 
 
 @pytest.mark.usefixtures("stream")
+def test_a_tensor_that_is_two_values_does_not_stand_for_others() -> None:
+    recorder, repeated = Recorder(), Repeated()
+    launch, keys, others = Launcher(recorder), torch.zeros(8), torch.ones(8)
+    for first, second in ((keys, keys), (keys, others), (others, keys), (keys, keys)):
+        repeated([first, second], lambda a=first, b=second: launch((1,), a, b, 3, 3, first=1, second=2))
+    launches = [note[10:12] for note in recorder.noted if note[0] != "compiled"]
+    one, other = keys.data_ptr(), others.data_ptr()
+    assert launches == [(one, one), (one, other), (other, one), (one, one)]
+
+
+@pytest.mark.usefixtures("stream")
 def test_what_failed_is_not_repeated() -> None:
     recorder, repeated, attempts = Recorder(), Repeated(), []
     launch = Launcher(recorder)

@@ -14,7 +14,7 @@ import torch
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
-from focus_vllm.kernels.group_lists import GroupLists, build_group_lists, sort_queries
+from focus_vllm.kernels.group_lists import build_group_lists, sort_queries
 from focus_vllm.kernels.launch import call
 from focus_vllm.kernels.near import Cache, NearKeys, Scores, near_and_merge
 from focus_vllm.kernels.plan import Far, PrefillPlan, far_mode
@@ -125,36 +125,43 @@ def prefill_attention(
             )  # fmt: skip
             sorted_query = sort_queries(plan, query, lists, config, scratch.query)
             far_out = scratch.out[: len(sorted_query)]
+            table_rows = plan.table_rows if mode is Far.BLOCK else None
+            sequences = lists.slots, table_rows, lists.cu_seqlens_q, lists.seqused_k
             lse = call(
-                _far_attention, attention, plan, mode, lists, sorted_query, cache.keys, cache.values, far_out
-            )
+                _attend, attention, sorted_query, cache.keys, cache.values, far_out, *sequences,
+                plan.max_queries, plan.max_keys, mode is Far.GROUP,
+            )  # fmt: skip
             far = (far_out, lse, lists.row_of)
         tally_prefill(plan, query_groups, store, cache.block_table, cache.block_size, config, lists, totals)
         near_and_merge(plan, query, out, query_groups, store, cache, config, scores, far, scratch.near)
 
 
-def _far_attention(
+def _attend(
     attention: FlashAttention,
-    plan: PrefillPlan,
-    mode: Far,
-    lists: GroupLists,
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     out: torch.Tensor,
+    block_table: torch.Tensor,
+    table_rows: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
 ) -> torch.Tensor:
     return attention(
         query,
         keys,
         values,
         out=out,
-        block_table=lists.slots,
-        table_rows=plan.table_rows if mode is Far.BLOCK else None,
-        cu_seqlens_q=lists.cu_seqlens_q,
-        seqused_k=lists.seqused_k,
-        max_seqlen_q=plan.max_queries,
-        max_seqlen_k=plan.max_keys,
-        causal=mode is Far.GROUP,
+        block_table=block_table,
+        table_rows=table_rows,
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=seqused_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        causal=causal,
     )
 
 
@@ -192,7 +199,7 @@ def decode_attention(
         query_start_loc: As `build_decode_lists` takes it.
         listed: The lists are in `scratch` already, which has room for all, and the groups are stored.
     """
-    rows = len(scratch.lists)
+    rows, max_model_len = scratch.lists.shape
     for start in range(0, len(query), rows):
         count = min(rows, len(query) - start)
         part = slice(start, start + count) if len(query) > rows else None
@@ -216,37 +223,15 @@ def decode_attention(
                 query_start_loc,
                 start,
             )
-        queries, outputs, starts = _part(query, part), _part(out, part), scratch.cu_seqlens_q[: count + 1]
-        call(_list_attention, attention, queries, cache.keys, cache.values, outputs, lists, list_lens, starts)
+        sequences = lists, None, scratch.cu_seqlens_q[: count + 1], list_lens
+        call(
+            _attend, attention, _part(query, part), cache.keys, cache.values, _part(out, part), *sequences,
+            1, max_model_len, True,
+        )  # fmt: skip
 
 
 def _part(tensor: torch.Tensor, part: slice | None) -> torch.Tensor:
     return tensor if part is None else tensor[part]
-
-
-def _list_attention(
-    attention: FlashAttention,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    out: torch.Tensor,
-    lists: torch.Tensor,
-    list_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-) -> None:
-    attention(
-        query,
-        keys,
-        values,
-        out=out,
-        block_table=lists,
-        table_rows=None,
-        cu_seqlens_q=cu_seqlens_q,
-        seqused_k=list_lens,
-        max_seqlen_q=1,
-        max_seqlen_k=lists.shape[1],
-        causal=True,
-    )
 
 
 def decode_scratch_shapes(

@@ -42,6 +42,10 @@ class Repeated:
         if known is not None:
             known.repeat(values)
             return
+        tensors = [id(value) for value in values if isinstance(value, torch.Tensor)]
+        if len(set(tensors)) < len(tensors):  # as which of two the same tensor is used could not be told
+            launch()
+            return
         calls = _remembering = _Calls(values)
         try:
             launch()
