@@ -426,7 +426,7 @@ def assert_scaled(batch: PagedBatch, out: torch.Tensor, score_scale: float, valu
 
 @pytest.mark.usefixtures("stand_ins")
 def test_every_layer_of_a_step_follows_the_definition_with_its_own_tensors(backend):
-    lengths = {"seq_lens": [300, 190], "query_lens": [40, 150]}
+    lengths = {"seq_lens": [200, 300, 190], "query_lens": [1, 40, 150]}
     batch = batch_of(settings("1/1", dense_below=100), "gqa", torch.float8_e4m3fn, **lengths)
     slots = new_slots(batch)
     capacity = layer_of(
@@ -445,7 +445,8 @@ def test_every_layer_of_a_step_follows_the_definition_with_its_own_tensors(backe
         old, last = batch.store.int(), batch.config.num_groups - 1
         groups = (old << 1 & (2 << last) - 1 | old >> last).to(batch.store.dtype)
         batch = dataclasses.replace(batch, store=groups, query_groups=groups[slots])
-    assert len(metadata.focus.prefill._known) == 1, "launches were repeated"
+    repeated = metadata.focus.decode, metadata.focus.prefill
+    assert [len(launches._known) for launches in repeated] == [1, 1], "launches were repeated"
 
 
 def test_query_centroids_show_in_the_layers_bias(backend):

@@ -31,10 +31,8 @@ class Repeated:
         Args:
             values: Whatever differs between layers: tensors, which may be others of the same dtype, shape,
                 strides and alignment, numbers, and objects that `call` passes on.
-            launch: Does it all by `Launcher` and `call`, with the values themselves, not with views of them.
-
-        Raises:
-            RuntimeError: A launch was given a view.
+            launch: Does it all by `Launcher` and `call`, with the values themselves: it is not repeated if it
+                uses views of them, which could not be replaced.
         """
         global _remembering
         kind = tuple(map(_kind, values))
@@ -51,7 +49,8 @@ class Repeated:
             launch()
         finally:
             _remembering = None
-        self._known[kind] = calls
+        if not calls.views:
+            self._known[kind] = calls
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
@@ -82,6 +81,7 @@ class _Calls:
         self._num_values = len(values)
         self._storages = {_storage(value) for value in values if isinstance(value, torch.Tensor)}
         self._alive: list[Any] = []
+        self.views = False
 
     def add(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
         places, kept = [], []
@@ -91,7 +91,7 @@ class _Calls:
                 places.append((place, number))
                 arg = None
             elif isinstance(arg, torch.Tensor) and arg.numel() and _storage(arg) in self._storages:
-                raise RuntimeError(f"{function}: argument {place} is a view of a tensor that will be another")
+                self.views = True
             kept.append(arg)
         self._alive.append(kept)
         self._calls.append((function, _pointers(kept) if isinstance(function, _Bound) else kept, places))
