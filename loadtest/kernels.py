@@ -32,7 +32,7 @@ if "--smoke" in sys.argv:  # before Triton is imported
 import torch
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.engine.overlap import Beside, beside, rejoin
+from focus_vllm.engine.overlap import Beside, beside, mark, rejoin
 from focus_vllm.kernels.attention import (
     DecodeScratch,
     FlashAttention,
@@ -225,36 +225,37 @@ class Layer:
         config, routed = self.case.config, self.routed
         route_into(self.hidden, self.weight, self.bias, routed[0], routed[1], config.key_k, config.top_k)
 
-    def _list(self) -> None:
-        scratch = self.decode_scratch
+    def _route_and_list(self) -> None:
+        scratch, device = self.decode_scratch, self.hidden.device
+        self._route()
+        mark(device, Beside.ROUTING)
         build_decode_lists(
             self.slot_mapping, self.new_groups, self.batch.store, self.batch.query_groups,
             self.paged.block_table, self.paged.block_size, self.seq_lens, self.case.config, scratch.progress,
-            scratch.lists, scratch.list_lens, self.totals,
+            scratch.lists, scratch.list_lens, self.totals, behind_routing=True,
         )  # fmt: skip
+        mark(device, Beside.LISTS)
 
     def focus(self) -> None:
         """Run everything that a routed layer does."""
-        batch, config = self.batch, self.case.config
-        if self.projection is not None:
-            device = self.hidden.device
-            with beside(device, Beside.ROUTING):
-                self._route()
-                with beside(device, Beside.LISTS):
-                    self._list()
-            torch.mm(self.hidden, self.projection, out=self.projected)
-            rejoin(device, Beside.ROUTING)
-            rejoin(device, Beside.LISTS)
-        elif config.dense_below < self.case.context:
-            self._route()
+        batch, config, device = self.batch, self.case.config, self.hidden.device
         if self.case.decodes:
+            if self.projection is None:
+                self._route_and_list()
+            else:
+                with beside(device):
+                    self._route_and_list()
+                torch.mm(self.hidden, self.projection, out=self.projected)
+                rejoin(device, Beside.ROUTING)
+                rejoin(device, Beside.LISTS)
             decode_attention(
                 self.attention, batch.query, self.out, self.slot_mapping, self.new_groups, batch.query_groups,
                 batch.store, self.paged, self.seq_lens, config, self.decode_scratch, self.totals,
-                listed=self.projection is not None,
+                listed=True,
             )  # fmt: skip
             return
         if config.dense_below < self.case.context:
+            self._route()
             write_stores(self.address, batch.store.dtype, self.slot_mapping, self.totals)
         if self.num_dense:
             keys = min(config.dense_below, self.case.context)

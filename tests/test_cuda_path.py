@@ -80,8 +80,8 @@ def metadata_of(
     builder.focus_config, builder.capacity = config, capacity
     builder.device = torch.device(DEVICE)
     builder.num_heads_q, builder.num_heads_kv = batch.query.shape[1], batch.cache.shape[2]
-    builder.first_decode = torch.arange(9, dtype=torch.int32, device=DEVICE)
-    builder.progress = Progress.zeros(8, builder.device)
+    builder.first_decode = torch.arange(129, dtype=torch.int32, device=DEVICE)
+    builder.progress = Progress.zeros(128, builder.device)
     builder.reorder_batch_threshold = 1 + most_drafts
     bounds = [
         length + most_drafts * (queries <= 1 + most_drafts)
@@ -120,7 +120,7 @@ def layer_of(backend: Any, batch: PagedBatch, slots: torch.Tensor, **changes: An
     impl.num_kv_heads = batch.cache.shape[2]
     impl.scale, impl.logits_soft_cap, impl.kv_cache_dtype = impl.head_size**-0.5, 0, "auto"
     impl.vllm_flash_attn_version, impl.vllm_config, impl.capacity = 3, VLLM_CONFIG, None
-    impl.listed = None
+    impl.listed = impl.tensors = None
     counts = AttentionCounts(totals=torch.zeros(4, dtype=torch.int64, device=DEVICE))
     key_groups = batch.store[slots]
     batch.store[slots] = 0
@@ -241,6 +241,54 @@ def test_what_a_graph_captured_of_drafts_serves_later_batches_that_are_padded(ba
     assert counts == {"dense_queries": 0} | {
         name: counted["decode"] for name, counted in pairs_by_phase(batch, most_drafts=3).items()
     }
+
+
+TURNS = {"seq_lens": [30, 700, 400, 163], "query_lens": [1, 1, 20, 51]}
+"""Two decodes, then short turns behind cached prompts: with a window of 50, 51 queries are the most."""
+
+
+@pytest.mark.parametrize("kind", ["1/1", "1/2", "2/2", "own queries"])
+@pytest.mark.usefixtures("stand_ins")
+def test_short_turns_are_served_like_decodes(backend, kind):
+    config = settings("1/1" if kind == "own queries" else kind, dense_below=100)
+    batch = batch_of(SeparateQueries.of(config) if kind == "own queries" else config, **TURNS)
+    slots, stored = new_slots(batch), batch.store.clone()
+    capacity = layer_of(backend, batch, slots).scratch_capacity()
+    focus = metadata_of(backend, batch, batch.config, slots, capacity).focus
+    assert (focus.num_decodes, focus.num_decode_tokens, focus.waves, focus.dense) == (4, 73, [], None)
+    batch.store.copy_(stored)
+    out, counts = forward(backend, batch)
+    assert_matches_definition(batch, out, from_position=0)
+    assert counts == pairs_by_phase(batch, most_drafts=50)
+    assert torch.equal(batch.store, stored)
+
+
+@pytest.mark.parametrize(
+    "why", ["longer than the window", "partly dense", "budget", "copied keys", "many keys", "no room"]
+)
+@pytest.mark.usefixtures("stand_ins")
+def test_turns_that_lists_would_not_serve_well_are_prefills(backend, monkeypatch, why):
+    lengths = {
+        "longer than the window": {"seq_lens": [400, 700], "query_lens": [20, 52]},
+        "partly dense": {"seq_lens": [400, 119], "query_lens": [20, 20]},
+        "no room": {"seq_lens": [400] * 7, "query_lens": [20] * 7},
+    }.get(why, TURNS)
+    if why == "copied keys":
+        monkeypatch.setenv("FOCUS_GATHER", "1")
+    budget = {"decode_budget": 5} if why == "budget" else {}
+    batch = batch_of(settings("1/1", dense_below=100, **budget), **lengths)
+    slots = new_slots(batch)
+    layer = layer_of(backend, batch, slots)
+    if why == "many keys":
+        # Of 8 groups a query attends to one, the sinks and the window: 98 keys of 400 and 69 of 163.
+        keys = 20 * (55 + 43) + 51 * (55 + 14)
+        monkeypatch.setattr(backend, "LISTED_BYTES", (keys - 1) * layer._token_bytes())
+    capacity = layer.scratch_capacity()
+    focus = metadata_of(backend, batch, batch.config, slots, capacity).focus
+    assert focus.waves
+    assert focus.num_decodes == lengths["query_lens"].count(1)
+    if why == "many keys":
+        assert capacity.listed_keys == keys - 1
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -449,6 +497,21 @@ def test_every_layer_of_a_step_follows_the_definition_with_its_own_tensors(backe
     assert [len(launches._known) for launches in repeated] == [1, 1], "launches were repeated"
 
 
+@pytest.mark.usefixtures("stand_ins")
+def test_layer_whose_cache_or_store_is_another_attends_to_that(backend):
+    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[400], query_lens=[20])
+    slots = new_slots(batch)
+    impl = layer_of(backend, batch, slots)
+    metadata = metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity())
+    for changes in ({}, {"cache": torch.randn_like(batch.cache)}, {"store": batch.store.flip(0)}):
+        batch = dataclasses.replace(batch, **changes)
+        impl.focus.store = batch.store
+        impl.focus.address = address_of(batch.store, impl.focus.key_groups)
+        out = torch.full_like(batch.query, float("nan"))
+        impl.forward(None, batch.query, None, None, batch.cache.transpose(1, 2), metadata, out)
+        assert_matches_definition(batch, out, from_position=0)
+
+
 def test_query_centroids_show_in_the_layers_bias(backend):
     batch = batch_of(settings("1/1"), seq_lens=[5], query_lens=[5])
     focus = layer_of(backend, batch, new_slots(batch)).focus
@@ -494,17 +557,18 @@ def test_layers_without_focus_are_left_to_vllm(backend):
 
 
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("copied", [0, 4096])
-def test_scratch_buffers_are_as_large_as_documented(backend, groups, copied):
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("requests", [256, 16])
+def test_scratch_buffers_are_as_large_as_documented(backend, groups, copied, requests):
     """docs/performance.md has the formulas, in the letters used here."""
     num_groups, key_k, top_k = GROUPS[groups]
     config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
-    length, tokens, requests, heads, kv_heads, size = 131072, 16384, 256, 32, 8, 128
+    length, tokens, heads, kv_heads, size = 131072, 16384, 32, 8, 128
     engine = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens, max_num_seqs=requests),
         model_config=SimpleNamespace(max_model_len=length),
     )
-    capacity = backend.Capacity.of(config, engine, copied)
+    capacity = backend.Capacity.of(config, engine, 4096, copied)
     lists = {
         "1/1": 8,
         "1/2": 8,
@@ -530,7 +594,8 @@ def test_scratch_buffers_are_as_large_as_documented(backend, groups, copied):
     prefill += 2 * near * kv_heads * size * 2 + near * 32 * 2
     bf16 = torch.bfloat16
     assert nbytes(capacity.prefill_buffers((heads, kv_heads, size), bf16, bf16)) == prefill
-    most = min(requests, 2**28 // (4 * length), 2**29 // copied // length if copied else requests)
+    queries = requests if copied else max(requests, 128)
+    most = min(queries, 2**28 // (4 * length), 2**29 // 4096 // length if copied else queries)
     assert nbytes(capacity.decode_buffers()) == 4 * max(most, 1) * (length + 1)
 
 

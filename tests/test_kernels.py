@@ -24,9 +24,9 @@ from focus_vllm.kernels.attention import (
     decode_scratch_shapes,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import Progress
+from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
-from focus_vllm.kernels.launch import Repeated
+from focus_vllm.kernels.launch import Fixed, Repeated
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -151,9 +151,8 @@ def prefill(
             scratch, totals,
         )  # fmt: skip
 
-    tensors = batch.query, out, batch.query_groups, batch.store, totals
-    cached = cache.keys, cache.values, cache.block_table
-    (repeated or Repeated())((*tensors, *cached, attention), launches)
+    fixed = Fixed(cache.keys, cache.values, batch.query_groups, batch.store, totals)
+    (repeated or Repeated())(fixed, (batch.query, out, cache.block_table, attention), launches)
     if batch.config.dense_below == 0:
         assert totals.tolist() == [*pairs_of(batch), 0, 0]
     return out
@@ -321,6 +320,33 @@ def test_decode_follows_the_definition(groups):
 def test_decode_follows_the_definition_at_the_edges_of_the_settings(changes):
     batch = batch_of(settings("1/1", **changes), seq_lens=[210, 33, 40, 41], query_lens=[1] * 4)
     assert_matches_definition(batch, decode(batch))
+
+
+@pytest.mark.parametrize("lengths", [[3000], [700, 90] * 10])
+def test_lists_launched_behind_routing_have_its_groups(lengths):
+    """On a GPU they begin while it runs."""
+    config, count = settings("1/2", window=20), len(lengths)
+    batch = batch_of(config, seq_lens=lengths, query_lens=[1] * count)
+    weight, bias = torch.randn(8, 4096, device=DEVICE), torch.zeros(8, device=DEVICE)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    slots = [batch.slots(request) for request in range(count)]
+    new_slots = torch.stack([of_request[-1] for of_request in slots])
+    scratch = decode_scratch(count, max(lengths), 2**30)
+    groups, totals = batch.store.new_zeros(2, count), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    for _ in range(100 if DEVICE == "cuda" else 2):
+        hidden = torch.randn(count, 4096, device=DEVICE)
+        halves = device_weight(weight, hidden.dtype)
+        groups.zero_()
+        route_into(hidden, halves, bias, groups[0], groups[1], 1, 2)
+        build_decode_lists(
+            new_slots, groups[0], batch.store, groups[1], batch.block_table, batch.paged.block_size, seq_lens,
+            config, scratch.progress, scratch.lists, scratch.list_lens, totals, behind_routing=True,
+        )  # fmt: skip
+        assert torch.equal(batch.store[new_slots], groups[0])
+        for request, of_request in enumerate(slots):
+            mask = decode_mask(groups[1, request : request + 1], batch.store[of_request], config)[0]
+            listed = scratch.lists[request, : scratch.list_lens[request]].long()
+            assert torch.equal(listed.sort().values, of_request[mask].sort().values)
 
 
 def test_decode_in_several_calls_gives_what_one_call_gives():
@@ -501,7 +527,6 @@ def test_no_request_has_a_kernel_compiled_that_start_has_not(groups, monkeypatch
     scratch = prefill_scratch(batch, list_capacity(config, 128), 8192, near_keys(config, 8192))
     compile_kernels(
         config, batch.query, out, 2, batch.cache.dtype, Scores(0.1), scratch, decode_scratch(20, 128, 2**20),
-        drafts=True,
     )  # fmt: skip
     at_start = set(compiled)
     assert len({key[0] for key in at_start}) >= 4

@@ -16,7 +16,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from focus_vllm.kernels import launch as launch_module
-from focus_vllm.kernels.launch import Launcher, Repeated, call
+from focus_vllm.kernels.launch import Fixed, Launcher, Repeated, call
 
 FLOATS = torch.zeros(64)
 BYTES = torch.zeros(64, dtype=torch.uint8)
@@ -91,7 +91,8 @@ def test_a_binary_is_launched_again_for_the_same_constants_and_options() -> None
     launch((7,), *args, first=1, second=2, num_warps=8)
     launch((7,), *double, first=1, second=2)
     launch((8,), *args, first=2, second=1)
-    usual = {"num_warps": 4, "num_stages": 3}
+    launch((8,), *args, first=2, second=1, launch_pdl=True)
+    usual = {"num_warps": 4, "num_stages": 3, "launch_pdl": False}
     assert str(recorder.noted) == str(
         [
             ("compiled", (*args, 1, 2), usual),
@@ -104,6 +105,8 @@ def test_a_binary_is_launched_again_for_the_same_constants_and_options() -> None
             ("compiled", (*double, 1, 2), usual),
             launched(7, (7, 1, 1), *double, 1, 2),
             launched(3, (8, 1, 1), *args, 2, 1),
+            ("compiled", (*args, 2, 1), usual | {"launch_pdl": True}),
+            launched(10, (8, 1, 1), *args, 2, 1),
         ]
     )
 
@@ -126,7 +129,7 @@ def test_launches_are_repeated_with_other_values_and_with_what_calls_return() ->
             result = call(attention, keys, scale)
             launch((2,), result, none, 3, 3, first=1, second=2)
 
-        repeated((keys, scale, none), launches)
+        repeated(Fixed(keys), (scale, none), launches)
 
     layers = list(
         zip([torch.full((4,), float(number)) for number in range(4)], (2.0, 2.0, 2.0, 5.0), strict=True)
@@ -155,8 +158,8 @@ def test_what_uses_views_is_not_repeated() -> None:
     recorder, repeated, sums = Recorder(), Repeated(), []
     launch, tensors = Launcher(recorder), [torch.zeros(8), torch.ones(8)]
     for keys in tensors:
-        repeated([keys], lambda keys=keys: launch((1,), keys, keys[4:], 3, 3, first=1, second=2))
-        repeated([keys, 1], lambda keys=keys: sums.append(call(torch.sum, keys[4:])))
+        repeated(Fixed(), [keys], lambda keys=keys: launch((1,), keys, keys[4:], 3, 3, first=1, second=2))
+        repeated(Fixed(keys), [1], lambda keys=keys: sums.append(call(torch.sum, keys[4:])))
     launches = [note[10:12] for note in recorder.noted if note[0] != "compiled"]
     assert launches == [(keys.data_ptr(), keys[4:].data_ptr()) for keys in tensors]
     assert sums == [0, 4]
@@ -167,10 +170,14 @@ def test_a_tensor_that_is_two_values_does_not_stand_for_others() -> None:
     recorder, repeated = Recorder(), Repeated()
     launch, keys, others = Launcher(recorder), torch.zeros(8), torch.ones(8)
     for first, second in ((keys, keys), (keys, others), (others, keys), (keys, keys)):
-        repeated([first, second], lambda a=first, b=second: launch((1,), a, b, 3, 3, first=1, second=2))
-    launches = [note[10:12] for note in recorder.noted if note[0] != "compiled"]
+
+        def launches(a: torch.Tensor = first, b: torch.Tensor = second) -> None:
+            launch((1,), a, b, 3, 3, first=1, second=2)
+
+        repeated(Fixed(first), [second], launches)
+    noted = [note[10:12] for note in recorder.noted if note[0] != "compiled"]
     one, other = keys.data_ptr(), others.data_ptr()
-    assert launches == [(one, one), (one, other), (other, one), (one, one)]
+    assert noted == [(one, one), (one, other), (other, one), (one, one)]
 
 
 @pytest.mark.usefixtures("stream")
@@ -185,10 +192,10 @@ def test_what_failed_is_not_repeated() -> None:
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError):
-        repeated([FLOATS], launches)
+        repeated(Fixed(), [FLOATS], launches)
     launch((2,), FLOATS, FLOATS, 3, 3, first=1, second=2)  # nobody's
     for _ in range(2):
-        repeated([FLOATS], launches)
+        repeated(Fixed(), [FLOATS], launches)
     assert len(attempts) == 2
     assert [note[1] for note in recorder.noted if note[0] != "compiled"] == [1, 2, 1, 1]
 

@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionType
 
-from focus_vllm.engine.overlap import Beside, beside, rejoin
+from focus_vllm.engine.overlap import Beside, beside, mark, rejoin
 from focus_vllm.engine.settings import FocusSettings, FocusUnsupportedError
 from focus_vllm.engine.state import AttentionCounts, FocusState, LayerFocus
 from focus_vllm.routing import mask_dtype, route
@@ -37,8 +37,9 @@ def _route_op(
         if not torch.cuda.is_current_stream_capturing():
             route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
             return
-        with beside(hidden.device, Beside.ROUTING):
+        with beside(hidden.device):
             route_into(hidden, weight, bias, key_groups, query_groups, key_k, top_k)
+            mark(hidden.device, Beside.ROUTING)
             _list_decodes(ATTENTIONS[weight.data_ptr()])
         return
     num_tokens = len(hidden)

@@ -4,7 +4,8 @@ Decodes come first in a batch (`reorder_batch_threshold`) and take one FlashAtte
 built on the device, so batches of decodes alone run in full CUDA graphs. Where a decode has several queries,
 as with speculative decoding, each of them is a sequence of its own, of a length that the device finds.
 Prefill chunks are cut at `dense_below`: queries before it go through the stock call, the rest through
-`prefill_attention`. A batch whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
+`prefill_attention`, or like decodes where they are so few that launching all that would take longer. A batch
+whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.engine.flash import FlashAttention2, FlashAttention3
-from focus_vllm.engine.overlap import Beside, beside, rejoin
+from focus_vllm.engine.overlap import Beside, mark, rejoin
 from focus_vllm.engine.settings import FocusUnsupportedError
 from focus_vllm.engine.state import LayerFocus
 from focus_vllm.kernels.attention import (
@@ -50,7 +51,7 @@ from focus_vllm.kernels.attention import (
 )
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
-from focus_vllm.kernels.launch import Repeated
+from focus_vllm.kernels.launch import Fixed, Repeated
 from focus_vllm.kernels.near import GROUP_BITS, Cache, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -59,6 +60,7 @@ from focus_vllm.kernels.plan import (
     PrefillPlan,
     SeparateQueries,
     dense_queries,
+    expected_keys,
     index_capacity,
     list_capacity,
     lists_per_query,
@@ -75,6 +77,10 @@ LIST_BYTES = 256 * 2**20
 a step takes several."""
 PREFILL_LIST_BYTES = 64 * 2**20
 """What prefill lists take at least: with 8 groups, chunks of requests of 2M tokens together in one wave."""
+LISTED_QUERIES = 128
+"""Queries that have room for lists of their own however few requests there may be."""
+LISTED_BYTES = 2**29
+"""Keys and values, a query's as often as it is listed, up to which prefills are served like decodes."""
 GATHER_BYTES = 512 * 2**20
 """What copied keys may take where lists cannot be read in place; at least one request always fits."""
 
@@ -112,29 +118,35 @@ class Capacity:
     rows: int
     near: int
     decode_rows: int
+    listed_keys: int
+    """Most keys of all prefills' queries together to list for each query."""
     max_model_len: int
     gather: tuple[int, int]
     """Pages and table entries; zeros where lists are read in place."""
 
     @classmethod
-    def of(cls, config: FocusConfig, vllm_config: VllmConfig, gather_token_bytes: int = 0) -> Capacity:
+    def of(
+        cls, config: FocusConfig, vllm_config: VllmConfig, token_bytes: int, copied: bool = False
+    ) -> Capacity:
         """Return what any step of this engine fits in.
 
         Args:
             config: The mask's settings.
             vllm_config: The engine's.
-            gather_token_bytes: Bytes of a token's keys and values in one layer if they are copied, else 0.
+            token_bytes: Bytes of a token's keys and values in one layer.
+            copied: Whether listed keys are copied.
         """
         scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
         tokens = scheduler.max_num_batched_tokens
         copies, num_lists = lists_per_query(config), len(signatures(config))
         rows = max(tokens, BLOCK_QUERIES * copies)
         near = near_keys(config, rows)
-        (decode_rows, _), _ = decode_scratch_shapes(scheduler.max_num_seqs, max_model_len, LIST_BYTES)
+        most_queries = scheduler.max_num_seqs if copied else max(scheduler.max_num_seqs, LISTED_QUERIES)
+        (decode_rows, _), _ = decode_scratch_shapes(most_queries, max_model_len, LIST_BYTES)
         lists, gather = list_capacity(config, max_model_len, PREFILL_LIST_BYTES // 4), (0, 0)
-        if gather_token_bytes:
+        if copied:
             lists = list_capacity(config, max_model_len)  # what is listed is copied
-            fitting = GATHER_BYTES // (gather_token_bytes * PAGE) // math.ceil(max_model_len / PAGE)
+            fitting = GATHER_BYTES // (token_bytes * PAGE) // math.ceil(max_model_len / PAGE)
             decode_rows = max(1, min(decode_rows, fitting))
             segments, blocks = most_segments(config, near), rows // copies // BLOCK_QUERIES + 1
             gather = gather_shapes(num_lists, segments, blocks, decode_rows, max_model_len)
@@ -144,6 +156,8 @@ class Capacity:
             rows=rows,
             near=near,
             decode_rows=decode_rows,
+            # A budget is for queries computed alone.
+            listed_keys=0 if copied or config.decode_budget is not None else LISTED_BYTES // token_bytes,
             max_model_len=max_model_len,
             gather=gather,
         )
@@ -180,9 +194,9 @@ class FocusBatch:
     config: FocusConfig
     num_decodes: int
     num_decode_tokens: int
-    """As many as decodes, unless there are drafts."""
+    """As many as decodes, unless there are drafts or prefills are served like decodes."""
     query_start_loc: torch.Tensor | None
-    """`[num_decodes + 1]`, int32, if there are drafts."""
+    """`[num_decodes + 1]`, int32, if some have several queries."""
     dense: DenseQueries | None
     waves: list[PrefillPlan]
     first_decode: torch.Tensor
@@ -250,7 +264,7 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         self.capacity = routed[0].scratch_capacity() if routed else None
         self.stores = Stores([impl.focus for impl in routed])
         scheduler, graphs = vllm_config.scheduler_config, vllm_config.compilation_config
-        most = max(scheduler.max_num_seqs, graphs.max_cudagraph_capture_size or 0)
+        most = max(scheduler.max_num_seqs, graphs.max_cudagraph_capture_size or 0, LISTED_QUERIES)
         self.first_decode = torch.arange(most + 1, dtype=torch.int32, device=device)
         self.progress = Progress.zeros(most, device)
 
@@ -280,12 +294,14 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
             common, self.reorder_batch_threshold or 1
         )
-        decodes = config, num_decodes, *_decode_queries(common, num_decodes)
-        if num_prefills == 0:
-            return FocusBatch(*decodes, None, [], self.first_decode, self.progress)
         capacity = self.capacity
         assert capacity is not None
-        chunks = _prefill_chunks(common, num_decodes)
+        chunks = _prefill_chunks(common, num_decodes) if num_prefills else []
+        if _few_queries(chunks, config, capacity, common.num_actual_tokens):
+            num_decodes, chunks = common.num_reqs, []
+        decodes = config, num_decodes, *_decode_queries(common, num_decodes)
+        if not chunks:
+            return FocusBatch(*decodes, None, [], self.first_decode, self.progress)
         waves = plan_waves(
             [routed for chunk in chunks if (routed := chunk.routed(config.dense_below))],
             config,
@@ -346,6 +362,44 @@ def _prefill_chunks(common: CommonAttentionMetadata, num_decodes: int) -> list[C
     ]
 
 
+def _few_queries(chunks: list[Chunk], config: FocusConfig, capacity: Capacity, num_tokens: int) -> bool:
+    """Return whether prefills are faster with a list for each query, as decodes are served.
+
+    Short turns of a conversation are: the GPU would wait for the host to launch what prefill takes.
+    """
+    keys = sum((chunk.end - chunk.begin) * expected_keys(config, chunk.end) for chunk in chunks)
+    return (
+        keys <= capacity.listed_keys
+        and num_tokens <= capacity.decode_rows
+        and all(
+            chunk.begin >= config.dense_below  # what is dense is left to the stock call
+            and chunk.end - chunk.begin <= config.window + 1  # no query's program reads what another's stores
+            for chunk in chunks
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerTensors:
+    """A layer's own tensors, as its launches take them at every step."""
+
+    kv_cache: torch.Tensor
+    """vLLM's, of which the keys and values are views."""
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_groups: torch.Tensor
+    query_groups: torch.Tensor
+    store: torch.Tensor
+    address: torch.Tensor
+    totals: torch.Tensor
+    block_size: int
+    fixed: Fixed
+
+
+def _first(count: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.shape[0] == count else tensor[:count]
+
+
 class FocusFlashAttentionImpl(FlashAttentionImpl):
     """One attention layer; vLLM's own until `focus` is set."""
 
@@ -356,6 +410,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         self.capacity: Capacity | None = None
         self.reserved = False
         self.listed: FocusBatch | None = None
+        self.tensors: LayerTensors | None = None
 
     def do_kv_cache_update(
         self,
@@ -411,17 +466,16 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         num_tokens = attn_metadata.num_actual_tokens
         self._forward_focus(
             layer,
-            self.focus,
-            query[:num_tokens],
-            kv_cache,
+            self._tensors(self.focus, kv_cache),
+            _first(num_tokens, query),
             attn_metadata,
             attn_metadata.focus,
-            output[:num_tokens],
+            _first(num_tokens, output),
         )
         return output
 
     def list_decodes(self, metadata: FocusFlashAttentionMetadata) -> None:
-        """Build the lists of a batch of decodes ahead of `forward`, as soon as its tokens are routed.
+        """Build the lists of a batch of decodes ahead of `forward`: right behind routing, inside `beside`.
 
         Leaves other batches to `forward`, and lists that do not fit in the scratch buffer together.
         """
@@ -434,22 +488,23 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, dtype)
         if gather is not None or count > len(scratch.lists) or not focus.block_size:
             return
-        with beside(focus.store.device, Beside.LISTS):
-            build_decode_lists(
-                metadata.slot_mapping,
-                focus.key_groups,
-                focus.store,
-                focus.query_groups,
-                metadata.block_table,
-                focus.block_size,
-                metadata.seq_lens,
-                batch.config,
-                scratch.progress,
-                scratch.lists,
-                scratch.list_lens[:count],
-                self._totals(focus),
-                batch.query_start_loc,
-            )
+        build_decode_lists(
+            metadata.slot_mapping,
+            focus.key_groups,
+            focus.store,
+            focus.query_groups,
+            metadata.block_table,
+            focus.block_size,
+            metadata.seq_lens,
+            batch.config,
+            scratch.progress,
+            scratch.lists,
+            scratch.list_lens[:count],
+            self._totals(focus),
+            batch.query_start_loc,
+            behind_routing=True,
+        )
+        mark(focus.store.device, Beside.LISTS)
         self.listed = batch
 
     def _new_store(self, focus: LayerFocus, num_slots: int, device: torch.device) -> None:
@@ -507,7 +562,6 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             prefill=prefill,
             decode=self._decode_scratch(*start, output.dtype)[0],
             gather=gather,
-            drafts=self.vllm_config.speculative_config is not None,
         )
 
     def _check_flash_attention(self) -> None:
@@ -540,8 +594,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         assert self.focus is not None
         assert self.vllm_config is not None
         if self.capacity is None:
-            copied = self._token_bytes() if gathers(self.vllm_flash_attn_version) else 0
-            self.capacity = Capacity.of(_config(self.focus), self.vllm_config, copied)
+            copied = gathers(self.vllm_flash_attn_version)
+            self.capacity = Capacity.of(_config(self.focus), self.vllm_config, self._token_bytes(), copied)
         return self.capacity
 
     def _prefill_scratch(
@@ -582,11 +636,19 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         )
         return in_pages if gather is None else GatheredAttention(in_pages, gather)
 
-    def _cache(self, kv_cache: torch.Tensor, block_table: torch.Tensor) -> Cache:
+    def _tensors(self, focus: LayerFocus, kv_cache: torch.Tensor) -> LayerTensors:
+        known = self.tensors
+        if known is not None and known.kv_cache is kv_cache and known.store is focus.store:
+            return known
+        assert focus.store is not None
+        assert focus.address is not None
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
         pages = kv_cache.transpose(1, 2).view(num_blocks * block_size, 1, num_kv_heads, 2 * self.head_size)
         keys, values = self._split_heads(pages)
-        return Cache(keys, values, block_table, block_size)
+        groups = focus.key_groups, focus.query_groups, focus.store, focus.address, self._totals(focus)
+        fixed = Fixed(keys, values, *groups)
+        self.tensors = LayerTensors(kv_cache, keys, values, *groups, block_size, fixed)
+        return self.tensors
 
     def _split_heads(self, pages: torch.Tensor) -> list[torch.Tensor]:
         """Split `[num_pages, page_size, num_kv_heads, 2 * head_size]` as vLLM's own forward does."""
@@ -605,23 +667,23 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
     def _forward_focus(
         self,
         layer: Any,
-        focus: LayerFocus,
+        tensors: LayerTensors,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
         metadata: FocusFlashAttentionMetadata,
         batch: FocusBatch,
         output: torch.Tensor,
     ) -> None:
-        scores, cache = self._scores(layer), self._cache(kv_cache, metadata.block_table)
+        scores = self._scores(layer)
+        cache = Cache(tensors.keys, tensors.values, metadata.block_table, tensors.block_size)
+        count = batch.num_decode_tokens
         if batch.num_decodes:
-            decodes = query[: batch.num_decode_tokens], output[: batch.num_decode_tokens]
-            self._decode(focus, metadata, batch, scores, cache, *decodes)
+            self._decode(tensors, metadata, batch, scores, cache, _first(count, query), _first(count, output))
         if batch.dense is not None:
-            pages = kv_cache.transpose(1, 2)
+            pages = tensors.kv_cache.transpose(1, 2)
             self._attention(scores, metadata.max_num_splits, None)(
-                query[batch.num_decode_tokens :],
+                query[count:],
                 *self._split_heads(pages),
-                out=output[batch.num_decode_tokens :],
+                out=output[count:],
                 block_table=metadata.block_table,
                 table_rows=batch.dense.requests,
                 cu_seqlens_q=batch.dense.cu_seqlens_q,
@@ -631,11 +693,11 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 causal=True,
             )
         if batch.waves:
-            self._prefill(focus, metadata, batch, scores, cache, query, output)
+            self._prefill(tensors, metadata, batch, scores, cache, query, output)
 
     def _decode(
         self,
-        focus: LayerFocus,
+        tensors: LayerTensors,
         metadata: FocusFlashAttentionMetadata,
         batch: FocusBatch,
         scores: Scores,
@@ -646,8 +708,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         listed, self.listed = self.listed is batch, None
         if listed:
             rejoin(query.device, Beside.LISTS)
-        store, totals, capacity = focus.store, self._totals(focus), self.scratch_capacity()
-        assert store is not None
+        capacity = self.scratch_capacity()
         buffers = batch.first_decode, batch.progress, output.dtype
         gather = self._decode_scratch(*buffers)[1] if any(capacity.gather) else None
         # A schedule is for so many sequences, and of any lengths only if the most splits are given.
@@ -663,28 +724,26 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 query,
                 output,
                 metadata.slot_mapping,
-                focus.key_groups,
-                focus.query_groups,
-                store,
+                tensors.key_groups,
+                tensors.query_groups,
+                tensors.store,
                 cache,
                 metadata.seq_lens,
                 batch.config,
                 self._decode_scratch(*buffers)[0],
-                totals,
+                tensors.totals,
                 batch.query_start_loc,
                 listed=listed,
             )
 
         if one_call:
-            tensors = query, output, focus.key_groups, focus.query_groups, store, totals
-            cached = cache.keys, cache.values, cache.block_table
-            batch.decode((*tensors, *cached, attention, listed), launch)
+            batch.decode(tensors.fixed, (query, output, attention, listed), launch)
         else:
             launch()
 
     def _prefill(
         self,
-        focus: LayerFocus,
+        tensors: LayerTensors,
         metadata: FocusFlashAttentionMetadata,
         batch: FocusBatch,
         scores: Scores,
@@ -692,29 +751,27 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         query: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        store, address, totals = focus.store, focus.address, self._totals(focus)
-        assert store is not None
-        assert address is not None
         gather = self._prefill_scratch(query, output)[1] if any(self.scratch_capacity().gather) else None
         attention = self._attention(scores, metadata.max_num_splits, gather)
+        store = tensors.store
 
         def launch() -> None:
-            write_stores(address, store.dtype, metadata.slot_mapping, totals, metadata.dense_pairs)
+            write_stores(
+                tensors.address, store.dtype, metadata.slot_mapping, tensors.totals, metadata.dense_pairs
+            )
             prefill_attention(
                 attention,
                 batch.waves,
                 query,
                 output,
-                focus.query_groups,
+                tensors.query_groups,
                 store,
                 cache,
                 batch.config,
                 scores,
                 self._prefill_scratch(query, output)[0],
-                totals,
+                tensors.totals,
             )
 
-        tensors = query, output, address, focus.query_groups, store, totals
         scaled = scores.scale, scores.softcap, scores.q_scale, scores.k_scale, scores.v_scale
-        cached = cache.keys, cache.values, cache.block_table
-        batch.prefill((*tensors, *cached, *scaled, attention), launch)
+        batch.prefill(tensors.fixed, (query, output, *scaled, attention), launch)

@@ -1,7 +1,7 @@
 """Route, and list what decodes attend to, beside the layer's other work.
 
 Routing one token takes 4 us and a few multiprocessors of an H200's 132, its list a few more. In a CUDA graph
-the layer need not wait for them: `beside` captures them on other streams and `rejoin` has the layer's wait,
+the layer need not wait for them: `beside` captures them on another stream and `rejoin` has the layer's wait,
 for routing after the QKV projection and for lists not before attention.
 """
 
@@ -16,15 +16,20 @@ import torch
 
 
 class Beside(enum.Enum):
-    """What is captured on a stream of its own."""
+    """What is captured beside: both on one stream, for lists begin while routing runs."""
 
     ROUTING = enum.auto()
     LISTS = enum.auto()
 
 
 @functools.cache
-def _stream(device: torch.device, what: Beside) -> torch.cuda.Stream:
+def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _end(device: torch.device, what: Beside) -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _captured(device: torch.device) -> bool:
@@ -32,21 +37,27 @@ def _captured(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def beside(device: torch.device, what: Beside) -> Iterator[None]:
-    """Capture what is launched inside on its stream, after the current one's work so far.
+def beside(device: torch.device) -> Iterator[None]:
+    """Capture what is launched inside on a stream of its own, after the current one's work so far.
 
     Outside a capture, change nothing.
     """
     if not _captured(device):
         yield
         return
-    stream = _stream(device, what)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
 
 
-def rejoin(device: torch.device, what: Beside) -> None:
-    """Have the current stream wait for what `beside` captured."""
+def mark(device: torch.device, what: Beside) -> None:
+    """Say, inside `beside`, that this is launched."""
     if _captured(device):
-        torch.cuda.current_stream(device).wait_stream(_stream(device, what))
+        _end(device, what).record(torch.cuda.current_stream(device))
+
+
+def rejoin(device: torch.device, what: Beside) -> None:
+    """Have the current stream wait for what was marked."""
+    if _captured(device):
+        torch.cuda.current_stream(device).wait_event(_end(device, what))

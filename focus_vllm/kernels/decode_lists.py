@@ -5,7 +5,8 @@ Only the far part has to be searched. Its programs each count a share of it, the
 the count, wait for those of the programs before them, and write behind these. A program waits only for
 programs of lower number, which the hardware starts earlier, so the wait ends whatever the grid's size.
 Grid and buffers depend on the batch size and the longest possible request alone, so the launch can be
-captured in a CUDA graph and replayed as requests grow.
+captured in a CUDA graph and replayed as requests grow. Right behind routing it may begin while that runs
+(CUDA's programmatic dependent launch) and waits for the groups only after it has loaded what else it needs.
 
 A request has one query, or several where it verifies drafts; each query has a list of its own.
 """
@@ -19,13 +20,20 @@ import dataclasses
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.kernels.launch import Launcher
+from focus_vllm.kernels.launch import Launcher, launches_early
 
 TILE = 512
 PROGRAMS = 1024
 """Programs to aim for."""
+MOST_PARTS = 256
+"""Programs that a query's context is divided among at most.
+
+One H200, 2026-11-25: with 256, routing and lists of one request of 512K take 21 us where with 128 they took
+29, and of up to 128K none longer. More programs wait longer for each other.
+"""
 NO_BUDGET = 2**30
 
 
@@ -53,11 +61,23 @@ def _slots(block_table, position, inside, block_size):
 
 
 @triton.jit
-def _members(store, table, position, stop, block_size, wanted):
+def _groups_at(store, table, position, stop, block_size):
     inside = position < stop
     slot = _slots(table, position, inside, block_size)
-    groups = tl.load(store + slot, mask=inside, other=0).to(tl.int32)
-    return slot, ((groups & wanted) != 0).to(tl.int32)
+    return slot, tl.load(store + slot, mask=inside, other=0).to(tl.int32)
+
+
+@triton.jit
+def _members(groups, wanted):
+    return ((groups & wanted) != 0).to(tl.int32)
+
+
+@triton.jit
+def _list_members(out, slots, member, last, budget):
+    # The latest first: each one's place is as far from the last as there are members before it.
+    index = last - (tl.cumsum(member, axis=0) - member)
+    tl.store(out + index, slots, mask=(member != 0) & (index < budget))
+    return last - tl.sum(member, axis=0)
 
 
 # A call for a part of the batch begins anywhere in these.
@@ -81,13 +101,21 @@ def _request_of(query, query_start_loc, num_requests, seq_lens, tile: tl.constex
 
 
 @triton.jit(
-    do_not_specialize=["block_table_stride", "num_requests", "first_query", "lists_stride", "budget"],
+    do_not_specialize=[
+        "block_table_stride",
+        "num_requests",
+        "first_query",
+        "lists_stride",
+        "budget",
+        "parts",
+    ],
     do_not_specialize_on_alignment=ROWS,
 )
 def _list_kernel(
     slot_mapping, key_groups, store, query_groups, block_table, block_table_stride, block_size,
     query_start_loc, num_requests, first_query, seq_lens, counts, done, lists, lists_stride, list_lens,
-    totals, dense_below, window, sink, budget, parts: tl.constexpr, tile: tl.constexpr,
+    totals, dense_below, window, sink, budget, parts, most_parts: tl.constexpr,
+    tile: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.program_id(1)
@@ -96,7 +124,6 @@ def _list_kernel(
         num_keys = tl.load(seq_lens + row)
     else:
         request, num_keys = _request_of(first_query + row, query_start_loc, num_requests, seq_lens, tile)
-    wanted = tl.load(query_groups + row).to(tl.int32)
     position = num_keys - 1
     window_start = tl.where(position < dense_below, 0, tl.maximum(position - window, 0))
     num_sinks = tl.minimum(sink, window_start)
@@ -111,15 +138,9 @@ def _list_kernel(
     active = tl.maximum(tl.cdiv(tiles, each), 1)
     stop = window_start - part * each * tile
     start = tl.maximum(stop - each * tile, sink)
-    members = tl.zeros([tile], tl.int32)
-    for first in range(start, stop, tile):
-        _, member = _members(store, table, first + lane, stop, block_size, wanted)
-        members += member
-    mine = tl.sum(members, axis=0)
-    if part < active:
-        tl.atomic_xchg(counts + row * parts + part, mine + 1, sem="relaxed")
+    first_slots, first_groups = _groups_at(store, table, start + lane, stop, block_size)
 
-    # While others count: what is attended to whatever its group.
+    # What is attended to whatever its group.
     for first in range(window_start + part * tile, num_keys, parts * tile):
         at = first + lane
         slots = _slots(table, at, at < num_keys, block_size)
@@ -130,11 +151,23 @@ def _list_kernel(
             at = first + lane
             slots = _slots(table, at, at < num_sinks, block_size)
             tl.store(out + at, slots, mask=at < num_sinks)
+
+    if early:
+        gdc_wait()  # for the groups
+    if part == 0:
         # A step's tokens are in the windows of all its queries: no program reads what another stores.
         tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
+    wanted = tl.load(query_groups + row).to(tl.int32)
+    first_member = _members(first_groups, wanted)
+    members = first_member
+    for first in range(start + tile, stop, tile):
+        _, groups = _groups_at(store, table, first + lane, stop, block_size)
+        members += _members(groups, wanted)
+    mine = tl.sum(members, axis=0)
 
     if part < active:
-        other = tl.arange(0, parts)
+        other = tl.arange(0, most_parts)
+        tl.atomic_xchg(counts + row * parts + part, mine + 1, sem="relaxed")
         seen = tl.load(counts + row * parts + other, mask=other < part, other=1, volatile=True)
         while tl.min(seen, axis=0) == 0:
             seen = tl.load(counts + row * parts + other, mask=other < part, other=1, volatile=True)
@@ -143,13 +176,12 @@ def _list_kernel(
             tl.store(counts + row * parts + other, 0, mask=other < active)
             tl.store(done + row, 0)
 
-        earlier = 0
         if before < budget:
-            for first in range(start, stop, tile):
-                slots, member = _members(store, table, first + lane, stop, block_size, wanted)
-                index = before + mine - 1 - earlier - (tl.cumsum(member, axis=0) - member)
-                tl.store(out + far_start + index, slots, mask=(member != 0) & (index < budget))
-                earlier += tl.sum(member, axis=0)
+            far = out + far_start
+            last = _list_members(far, first_slots, first_member, before + mine - 1, budget)
+            for first in range(start + tile, stop, tile):
+                slots, groups = _groups_at(store, table, first + lane, stop, block_size)
+                last = _list_members(far, slots, _members(groups, wanted), last, budget)
         if part == active - 1:
             length = far_start + tl.minimum(before + mine, budget)
             tl.store(list_lens + row, length)
@@ -163,9 +195,7 @@ _launch_list = Launcher(_list_kernel)
 def decode_parts(num_queries: int) -> int:
     """Return among how many programs each query's context is divided."""
     parts: int = triton.next_power_of_2(triton.cdiv(PROGRAMS, num_queries))
-    # One H200, 2026-11-25: with 256, routing and lists of one request of 512K take 21 us where with 128 they
-    # took 29, and of up to 128K none longer. More programs wait longer for each other.
-    return min(256, max(4, parts))
+    return min(MOST_PARTS, max(4, parts))
 
 
 def build_decode_lists(
@@ -183,6 +213,7 @@ def build_decode_lists(
     totals: torch.Tensor,
     query_start_loc: torch.Tensor | None = None,
     first_query: int = 0,
+    behind_routing: bool = False,
 ) -> None:
     """Store the groups of each query's token and list the slots that it attends to.
 
@@ -204,14 +235,17 @@ def build_decode_lists(
             several, of which the window must have room for all. Queries behind the last are padding. None:
             every request has one query.
         first_query: The first one's number in `query_start_loc`.
+        behind_routing: `route_into` of these groups was the stream's last launch, and this one need not wait
+            for its end.
     """
     num_queries = len(list_lens)
-    parts = decode_parts(num_queries)
+    early = behind_routing and launches_early(store.device)
     budget = NO_BUDGET if config.decode_budget is None else config.decode_budget
     _launch_list(
-        (num_queries, parts),
+        (num_queries, decode_parts(num_queries)),
         slot_mapping, key_groups, store, query_groups, block_table, block_table.stride(0), block_size,
         query_start_loc, 0 if query_start_loc is None else len(query_start_loc) - 1, first_query, seq_lens,
         progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
-        config.dense_below, config.window, config.sink, budget, parts=parts, tile=TILE,
+        config.dense_below, config.window, config.sink, budget, decode_parts(num_queries),
+        most_parts=MOST_PARTS, tile=TILE, early=early, launch_pdl=early,
     )  # fmt: skip

@@ -19,27 +19,38 @@ from triton.runtime.jit import JITFunction
 _remembering: _Calls | None = None
 
 
+class Fixed:
+    """Values that a layer has at every step, looked at once."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+        self.kinds = tuple(map(_kind, values))
+        self.pointers = _pointers(values)
+
+
 class Repeated:
     """Launches that many layers need alike, worked out for the first one of each kind."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, _Calls] = {}
 
-    def __call__(self, values: Sequence[Any], launch: Callable[[], None]) -> None:
+    def __call__(self, fixed: Fixed, values: Sequence[Any], launch: Callable[[], None]) -> None:
         """Do what `launch` does, or did, with these values.
 
         Args:
-            values: Whatever differs between layers: tensors, which may be others of the same dtype, shape,
-                strides and alignment, numbers, and objects that `call` passes on.
+            fixed: Whatever differs between layers but not between steps.
+            values: Whatever else differs between layers: tensors, which may be others of the same dtype,
+                shape, strides and alignment, numbers, and objects that `call` passes on.
             launch: Does it all by `Launcher` and `call`, with the values themselves: it is not repeated if it
                 uses views of them, which could not be replaced.
         """
         global _remembering
-        kind = tuple(map(_kind, values))
+        kind = fixed.kinds, *map(_kind, values)
         known = self._known.get(kind)
         if known is not None:
-            known.repeat(values)
+            known.repeat(fixed, values)
             return
+        values = (*fixed.values, *values)
         tensors = [id(value) for value in values if isinstance(value, torch.Tensor)]
         if len(set(tensors)) < len(tensors):  # as which of two the same tensor is used could not be told
             launch()
@@ -99,9 +110,9 @@ class _Calls:
             self._alive.append(result)  # whose number must stay its own
             self._numbers[id(result)] = self._num_values + len(self._calls) - 1
 
-    def repeat(self, values: Sequence[Any]) -> None:
-        have = list(values)
-        pointers = _pointers(have)
+    def repeat(self, fixed: Fixed, values: Sequence[Any]) -> None:
+        have = [*fixed.values, *values]
+        pointers = fixed.pointers + _pointers(values)
         for function, args, places in self._calls:
             args = args.copy()
             source = pointers if isinstance(function, _Bound) else have
@@ -156,7 +167,13 @@ class Launcher:
         self._aligned = [not param.do_not_specialize_on_alignment for param in runtime]
 
     def __call__(
-        self, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+        self,
+        grid: tuple[int, ...],
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        launch_pdl: bool = False,
+        **constants: Any,
     ) -> None:
         """Launch on the current stream.
 
@@ -165,16 +182,17 @@ class Launcher:
             args: The kernel's arguments but for constants, in their order.
             num_warps: Triton's.
             num_stages: Triton's.
+            launch_pdl: Triton's: begin as soon as the stream's kernel before allows it, not at its end.
             constants: The kernel's.
         """
         if not isinstance(self._kernel, JITFunction):
             call(functools.partial(self._kernel[grid], **constants), *args)
             return
         values = tuple(constants[name] for name in self._constants)
-        key = self.key(args, values, num_warps, num_stages)
+        key = self.key(args, values, num_warps, num_stages, launch_pdl)
         compiled = self._compiled.get(key)
         if compiled is None:
-            options = {"num_warps": num_warps, "num_stages": num_stages}
+            options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
             compiled = self._kernel.run(*args, *values, grid=grid, warmup=True, **options)
             self._compiled[key] = compiled
         bound = _Bound(compiled, (*grid, 1, 1)[:3])
@@ -190,6 +208,12 @@ class Launcher:
             others: What it depends on as it is.
         """
         return others, *map(_class_of, args, self._specialized, self._aligned)
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Return whether a kernel can begin before the stream's last has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _class_of(value: Any, specialized: bool, aligned: bool) -> Hashable:

@@ -69,6 +69,14 @@ def signatures(config: FocusConfig) -> list[int]:
     ]
 
 
+def expected_keys(config: FocusConfig, num_keys: int) -> int:
+    """Return how many of `num_keys` keys a routed query attends to if groups are balanced."""
+    none_shared = math.comb(config.num_groups - config.key_k, config.top_k)
+    share = 1 - none_shared / math.comb(config.num_groups, config.top_k)
+    always = min(config.sink + config.window + 1, num_keys)
+    return always + round(share * (num_keys - always))
+
+
 def lists_per_query(config: FocusConfig) -> int:
     """Return how many lists a query reads, and so how many rows it has among the sorted queries."""
     return config.top_k if config.key_k == 1 else 1

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from focus_vllm.kernels.launch import Launcher
+from focus_vllm.kernels.launch import Launcher, launches_early
 
 TOKENS = 16
 CHANNELS = 256
@@ -98,7 +99,10 @@ def _route_kernel(
     hidden, hidden_stride, weight, bias, key_groups, query_groups, num_tokens, hidden_size, sums, done,
     num_groups: tl.constexpr, padded_groups: tl.constexpr, key_k: tl.constexpr, top_k: tl.constexpr,
     tokens: tl.constexpr, channels: tl.constexpr, part: tl.constexpr, parts: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
+    if early:
+        gdc_launch_dependents()  # decode's lists may begin
     tile = tl.program_id(0)
     token = tile * tokens + tl.arange(0, tokens)
     row = tl.arange(0, 2 * padded_groups)
@@ -225,6 +229,6 @@ def route_into(
         hidden, stride, weight, bias, key_groups, query_groups, num_tokens, hidden_size,
         *(buffers if split else (None, None)),
         num_groups=num_groups, padded_groups=padded, key_k=key_k, top_k=top_k, tokens=TOKENS,
-        channels=channels, part=PART, parts=parts, num_warps=WARPS,
+        channels=channels, part=PART, parts=parts, early=launches_early(hidden.device), num_warps=WARPS,
         num_stages=2 if split else _stages(hidden.device, hidden.dtype, num_groups),
     )  # fmt: skip

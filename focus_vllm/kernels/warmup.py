@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -16,7 +15,7 @@ from focus_vllm.kernels.attention import (
     decode_attention,
     prefill_attention,
 )
-from focus_vllm.kernels.decode_lists import decode_parts
+from focus_vllm.kernels.decode_lists import build_decode_lists
 from focus_vllm.kernels.gather import GatheredAttention, GatherScratch
 from focus_vllm.kernels.near import Cache, Scores, near_tile
 from focus_vllm.kernels.plan import Segment, plan_waves
@@ -42,7 +41,6 @@ def compile_kernels(
     prefill: PrefillScratch,
     decode: DecodeScratch,
     gather: GatherScratch | None = None,
-    drafts: bool = False,
 ) -> None:
     """Run prefill and decode, without FlashAttention, on data of the shapes and dtypes to come.
 
@@ -56,7 +54,6 @@ def compile_kernels(
         prefill: Buffers.
         decode: Buffers.
         gather: Buffers, where listed keys are copied.
-        drafts: Whether decodes may have several queries.
     """
     attention: FlashAttention = _no_attention
     if gather is not None:
@@ -85,25 +82,40 @@ def compile_kernels(
     prefill_attention(
         attention, waves, query, out, query_groups, store, cache, config, scores, prefill, totals
     )
-    # The kernel of decode's lists is another one for other numbers of requests.
-    sizes = {decode_parts(size): size for size in range(1, min(len(decode.list_lens), len(query)) + 1)}
-    for size, several in itertools.product(sizes.values(), (False, True) if drafts else (False,)):
-        slots = torch.zeros(size, dtype=torch.int64, device=query.device)
-        decode_attention(
-            attention,
-            query[:size],
-            out[:size],
+    slots = torch.zeros(1, dtype=torch.int64, device=query.device)
+    starts = torch.arange(2, dtype=torch.int32, device=query.device)
+    for several, behind_routing in itertools.product((None, starts), (False, True)):
+        build_decode_lists(
             slots,
             query_groups,
-            query_groups,
             store,
-            dataclasses.replace(cache, block_table=block_table.expand(size, -1)),
+            query_groups,
+            block_table,
+            block_size,
             slots.int(),
             config,
-            decode,
+            decode.progress,
+            decode.lists[:1],
+            decode.list_lens[:1],
             totals,
-            torch.arange(size + 1, dtype=torch.int32, device=query.device) if several else None,
+            several,
+            behind_routing=behind_routing,
         )
+    decode_attention(
+        attention,
+        query[:1],
+        out[:1],
+        slots,
+        query_groups,
+        query_groups,
+        store,
+        cache,
+        slots.int(),
+        config,
+        decode,
+        totals,
+        listed=True,
+    )
     write_stores(address_of(store, query_groups), dtype, slots, totals)
 
 
