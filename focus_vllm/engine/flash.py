@@ -43,7 +43,7 @@ class FlashAttention3:
             None if scale is None else scale.expand(descale_shape)
             for scale in (scores.q_scale, scores.k_scale, scores.v_scale)
         ]
-        result = torch.ops._vllm_fa3_C.fwd(
+        result = torch.ops._vllm_fa3_C.fwd.default(
             query,
             keys,
             values,

@@ -154,9 +154,6 @@ def _list_kernel(
 
     if early:
         gdc_wait()  # for the groups
-    if part == 0:
-        # A step's tokens are in the windows of all its queries: no program reads what another stores.
-        tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
     wanted = tl.load(query_groups + row).to(tl.int32)
     first_member = _members(first_groups, wanted)
     members = first_member
@@ -172,10 +169,6 @@ def _list_kernel(
         while tl.min(seen, axis=0) == 0:
             seen = tl.load(counts + row * parts + other, mask=other < part, other=1, volatile=True)
         before = tl.sum(seen - 1, axis=0)
-        if tl.atomic_add(done + row, 1, sem="acq_rel") == active - 1:
-            tl.store(counts + row * parts + other, 0, mask=other < active)
-            tl.store(done + row, 0)
-
         if before < budget:
             far = out + far_start
             last = _list_members(far, first_slots, first_member, before + mine - 1, budget)
@@ -187,6 +180,13 @@ def _list_kernel(
             tl.store(list_lens + row, length)
             tl.atomic_add(totals + 2, num_keys.to(tl.int64), mask=new_slot >= 0, sem="relaxed")
             tl.atomic_add(totals + 3, length.to(tl.int64), mask=new_slot >= 0, sem="relaxed")
+        # A program that gets here has read its counts, so the last one may clear them.
+        if tl.atomic_add(done + row, 1, sem="relaxed") == active - 1:
+            tl.store(counts + row * parts + other, 0, mask=other < active)
+            tl.store(done + row, 0)
+    if part == 0:
+        # A step's tokens are in the windows of all its queries: no program reads what another stores.
+        tl.store(store + new_slot, tl.load(key_groups + row), mask=new_slot >= 0)
 
 
 _launch_list = Launcher(_list_kernel)

@@ -10,6 +10,7 @@ counts of the tiles before it.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import triton
@@ -297,7 +298,7 @@ def build_group_lists(
     work = (plan.segments, plan.key_tiles, plan.query_tiles, plan.num_key_tiles, plan.signatures)
     common = (*work, store, query_groups, block_table, block_table.stride(0), block_size, counts)
     one_list = config.key_k > 1
-    tiling = {"fields": FIELDS, "padded_lists": padded, "one_list": one_list}
+    tiling: dict[str, Any] = {"fields": FIELDS, "padded_lists": padded, "one_list": one_list}
     tiling |= {"key_tile": KEY_TILE, "query_tile": QUERY_TILE}
     _launch_count((tiles,), *common, **tiling)
     whole_list = far_mode(config) is Far.GROUP

@@ -87,14 +87,14 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
 
 class _Calls:
     def __init__(self, values: Sequence[Any]) -> None:
-        self._calls: list[tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]] = []
+        self._calls: list[tuple[Callable[..., Any] | _Bound, list[Any], list[tuple[int, int]]]] = []
         self._numbers = {id(value): number for number, value in enumerate(values) if value is not None}
         self._num_values = len(values)
         self._storages = {_storage(value) for value in values if isinstance(value, torch.Tensor)}
         self._alive: list[Any] = []
         self.views = False
 
-    def add(self, function: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
+    def add(self, function: Callable[..., Any] | _Bound, args: tuple[Any, ...], result: Any) -> None:
         places, kept = [], []
         for place, arg in enumerate(args):
             number = self._numbers.get(id(arg))
@@ -113,12 +113,19 @@ class _Calls:
     def repeat(self, fixed: Fixed, values: Sequence[Any]) -> None:
         have = [*fixed.values, *values]
         pointers = fixed.pointers + _pointers(values)
+        stream = None
         for function, args, places in self._calls:
             args = args.copy()
-            source = pointers if isinstance(function, _Bound) else have
-            for place, number in places:
-                args[place] = source[number]
-            result = function(*args)
+            result = None
+            if isinstance(function, _Bound):
+                for place, number in places:
+                    args[place] = pointers[number]
+                stream = _current_stream() if stream is None else stream
+                function.launch(stream, args)
+            else:
+                for place, number in places:
+                    args[place] = have[number]
+                result = function(*args)
             have.append(result)
             pointers += _pointers((result,))
 
@@ -132,6 +139,11 @@ def _pointers(values: Sequence[Any]) -> list[Any]:
     return [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
 
 
+def _current_stream() -> int:
+    stream: int = driver.active.get_current_stream(driver.active.get_current_device())
+    return stream
+
+
 class _Bound:
     """A binary and its numbers of programs."""
 
@@ -139,8 +151,7 @@ class _Bound:
         self._run, self._size = compiled.run, size
         self._of_binary = compiled.function, compiled.packed_metadata, None, None, None
 
-    def __call__(self, *args: Any) -> None:
-        stream = driver.active.get_current_stream(driver.active.get_current_device())
+    def launch(self, stream: int, args: Sequence[Any]) -> None:
         self._run(*self._size, stream, *self._of_binary, *args)
 
 
@@ -196,7 +207,7 @@ class Launcher:
             compiled = self._kernel.run(*args, *values, grid=grid, warmup=True, **options)
             self._compiled[key] = compiled
         bound = _Bound(compiled, (*grid, 1, 1)[:3])
-        bound(*_pointers(args), *values)
+        bound.launch(_current_stream(), [*_pointers(args), *values])
         if _remembering is not None:
             _remembering.add(bound, (*args, *values), None)
 
