@@ -26,6 +26,7 @@ from focus_vllm.kernels import decode_lists, routing
 from focus_vllm.kernels.attention import DecodeScratch, PrefillScratch
 from focus_vllm.kernels.decode_lists import Progress
 from focus_vllm.kernels.gather import PAGE, GatherScratch
+from focus_vllm.kernels.listed import ListedAttention
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores
 from focus_vllm.kernels.plan import index_capacity, list_capacity, lists_per_query, near_keys
 from focus_vllm.kernels.routing import device_weight
@@ -92,6 +93,7 @@ def compile_case(
         config, query, torch.zeros(64, num_heads, head_size, dtype=out_dtype), num_kv_heads, dtype,
         Scores(0.1, softcap, *scales), prefill, decode,
         GatherScratch(pages[0], pages[1], torch.empty(200_000, dtype=torch.int32)),
+        ListedAttention(Scores(0.1, softcap, *scales), 1),
     )  # fmt: skip
     weight = device_weight(torch.empty(config.num_groups, 4096), out_dtype)
     bias = torch.zeros(config.num_groups)

@@ -263,9 +263,7 @@ def test_short_turns_are_served_like_decodes(backend, kind):
     assert torch.equal(batch.store, stored)
 
 
-@pytest.mark.parametrize(
-    "why", ["longer than the window", "partly dense", "budget", "copied keys", "many keys", "no room"]
-)
+@pytest.mark.parametrize("why", ["longer than the window", "partly dense", "budget", "many keys", "no room"])
 @pytest.mark.usefixtures("stand_ins")
 def test_turns_that_lists_would_not_serve_well_are_prefills(backend, monkeypatch, why):
     lengths = {
@@ -273,8 +271,6 @@ def test_turns_that_lists_would_not_serve_well_are_prefills(backend, monkeypatch
         "partly dense": {"seq_lens": [400, 119], "query_lens": [20, 20]},
         "no room": {"seq_lens": [400] * 7, "query_lens": [20] * 7},
     }.get(why, TURNS)
-    if why == "copied keys":
-        monkeypatch.setenv("FOCUS_GATHER", "1")
     budget = {"decode_budget": 5} if why == "budget" else {}
     batch = batch_of(settings("1/1", dense_below=100, **budget), **lengths)
     slots = new_slots(batch)
@@ -376,18 +372,12 @@ def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch, query_
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_decodes_are_not_listed_ahead_beside_prefills_or_where_keys_are_copied(backend, monkeypatch):
+def test_decodes_are_not_listed_ahead_beside_prefills(backend):
     batch = batch_of(settings("1/1", dense_below=100), **LENGTHS)
     slots = new_slots(batch)
     impl = layer_of(backend, batch, slots)
     impl.focus.block_size = batch.cache.shape[1]
     impl.list_decodes(metadata_of(backend, batch, batch.config, slots, impl.scratch_capacity()))
-    assert impl.listed is None
-    batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 1])
-    monkeypatch.setenv("FOCUS_GATHER", "1")
-    impl = layer_of(backend, batch, new_slots(batch))
-    impl.focus.block_size = batch.cache.shape[1]
-    impl.list_decodes(metadata_of(backend, batch, batch.config, new_slots(batch), impl.scratch_capacity()))
     assert impl.listed is None
 
 
@@ -454,8 +444,10 @@ def test_what_flash_attention_cannot_do_is_refused(backend, monkeypatch, changes
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gather", ["0", "1"])
 @pytest.mark.usefixtures("stand_ins")
-def test_fp8_cache_with_descales_follows_the_definition(backend, shape):
+def test_fp8_cache_with_descales_follows_the_definition(backend, monkeypatch, shape, gather):
+    monkeypatch.setenv("FOCUS_GATHER", gather)
     lengths = {"seq_lens": [300, 190], "query_lens": [1, 150]}
     batch = batch_of(settings("1/1", dense_below=100), shape, torch.float8_e4m3fn, **lengths)
     scales = {"_q_scale": torch.tensor(0.5), "_k_scale": torch.tensor(1.5), "_v_scale": torch.tensor(0.25)}
@@ -594,8 +586,7 @@ def test_scratch_buffers_are_as_large_as_documented(backend, groups, copied, req
     prefill += 2 * near * kv_heads * size * 2 + near * 32 * 2
     bf16 = torch.bfloat16
     assert nbytes(capacity.prefill_buffers((heads, kv_heads, size), bf16, bf16)) == prefill
-    queries = requests if copied else max(requests, 128)
-    most = min(queries, 2**28 // (4 * length), 2**29 // 4096 // length if copied else queries)
+    most = min(max(requests, 128), 2**28 // (4 * length))
     assert nbytes(capacity.decode_buffers()) == 4 * max(most, 1) * (length + 1)
 
 

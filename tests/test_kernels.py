@@ -15,7 +15,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from focus_vllm.config import FocusConfig
-from focus_vllm.kernels import decode_lists
+from focus_vllm.kernels import decode_lists, listed
 from focus_vllm.kernels.attention import (
     DecodeScratch,
     FlashAttention,
@@ -27,6 +27,7 @@ from focus_vllm.kernels.attention import (
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
 from focus_vllm.kernels.launch import Fixed, Repeated
+from focus_vllm.kernels.listed import ListedAttention, Partial
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -89,7 +90,7 @@ def with_pages(flash: FlashAttention, batch: PagedBatch) -> FlashAttention:
         return flash
     config, longest = batch.config, max(batch.seq_lens)
     segments, blocks = len(batch.seq_lens), len(batch.query) // BLOCK_QUERIES + len(batch.seq_lens)
-    pages, table = gather_shapes(len(signatures(config)), segments, blocks, segments, longest)
+    pages, table = gather_shapes(len(signatures(config)), segments, blocks, longest)
     pages = sum(-(-length // PAGE) + len(signatures(config)) for length in batch.seq_lens)
     shape = (pages, PAGE, batch.cache.shape[2], batch.query.shape[-1])
     copies = (torch.full(shape, float("nan"), dtype=batch.cache.dtype, device=DEVICE) for _ in range(2))
@@ -380,9 +381,43 @@ def test_prefill_with_copied_keys_follows_the_definition(groups, shape):
     assert_matches_definition(batch, prefill(batch, flash=slow_flash_attention_of_whole_pages))
 
 
-def test_decode_with_copied_keys_follows_the_definition():
-    batch = batch_of(settings("1/2"), seq_lens=[700, 33, 1], query_lens=[1, 1, 1])
-    assert_matches_definition(batch, decode(batch, flash=slow_flash_attention_of_whole_pages))
+def own_attention(scores: Scores) -> ListedAttention:
+    return ListedAttention(scores, 8)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("splits", [4, 64])
+def test_decode_without_flash_attention_follows_the_definition(monkeypatch, shape, splits):
+    monkeypatch.setattr(listed, "_splits", lambda num_pairs: splits)
+    lengths = [1, 15, 64, 65, 300, 1500]
+    batch = batch_of(settings("1/2"), shape, seq_lens=lengths, query_lens=[1] * len(lengths))
+    for softcap in (0.0, 2.0):
+        out = decode(batch, softcap=softcap, flash=own_attention)
+        assert_matches_definition(batch, out, softcap)
+
+
+def test_what_attends_to_lists_returns_their_log_sum_exp_and_leaves_no_trace():
+    shape, flash = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64}, own_attention(Scores(0.2))
+    keys, values = torch.randn(2, 400, 1, 2, 64, device=DEVICE)
+    query = torch.randn(3, 4, 64, device=DEVICE)
+    lists = torch.stack([torch.randperm(400, device=DEVICE).int() for _ in range(3)])
+    used = torch.tensor([0, 400, 70], dtype=torch.int32, device=DEVICE)
+    starts = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    results = []
+    for attention in (SlowFlashAttention(Scores(0.2)), flash, flash):
+        out = torch.full_like(query, float("nan"))
+        lse = attention(
+            query, keys, values, out=out, block_table=lists, table_rows=None, cu_seqlens_q=starts,
+            seqused_k=used, max_seqlen_q=1, max_seqlen_k=400, causal=True,
+        )  # fmt: skip
+        results.append((out, lse))
+    (expected, expected_lse), first, second = results
+    for out, lse in (first, second):
+        assert torch.allclose(out, expected, atol=2e-3)
+        assert torch.allclose(lse[:, 1:], expected_lse[:, 1:], atol=2e-3)
+        assert torch.isinf(lse[:, 0]).all()
+        assert torch.equal(out, first[0])
+    assert not Partial.of(query.device, 8, *shape.values()).done.any()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from typing import Any
 
@@ -52,6 +51,7 @@ from focus_vllm.kernels.attention import (
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.gather import PAGE, GatheredAttention, GatherScratch, gather_shapes
 from focus_vllm.kernels.launch import Fixed, Repeated
+from focus_vllm.kernels.listed import ListedAttention
 from focus_vllm.kernels.near import GROUP_BITS, Cache, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -85,12 +85,10 @@ LISTED_BYTES = 2**30
 One H200, 2026-11-26, 8B's shape: behind 8,192 tokens 128 queries, 0.8 GB, take 2 to 8 ms less like that, 64
 behind 32,768 and 16 behind 131,072, 1.1 to 1.2 GB, take as long, and 128 behind 32,768 7 ms more.
 """
-GATHER_BYTES = 512 * 2**20
-"""What copied keys may take where lists cannot be read in place; at least one request always fits."""
 
 
 def gathers(flash_attn_version: int | None) -> bool:
-    """Return whether listed keys are copied into pages: without FlashAttention 3, or if FOCUS_GATHER=1."""
+    """Return whether FlashAttention cannot read lists in place: if it is not version 3, or FOCUS_GATHER=1."""
     return flash_attn_version != 3 or os.environ.get("FOCUS_GATHER") == "1"
 
 
@@ -138,22 +136,20 @@ class Capacity:
             config: The mask's settings.
             vllm_config: The engine's.
             token_bytes: Bytes of a token's keys and values in one layer.
-            copied: Whether listed keys are copied.
+            copied: Whether keys that prefill has listed are copied.
         """
         scheduler, max_model_len = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
         tokens = scheduler.max_num_batched_tokens
         copies, num_lists = lists_per_query(config), len(signatures(config))
         rows = max(tokens, BLOCK_QUERIES * copies)
         near = near_keys(config, rows)
-        most_queries = scheduler.max_num_seqs if copied else max(scheduler.max_num_seqs, LISTED_QUERIES)
+        most_queries = max(scheduler.max_num_seqs, LISTED_QUERIES)
         (decode_rows, _), _ = decode_scratch_shapes(most_queries, max_model_len, LIST_BYTES)
         lists, gather = list_capacity(config, max_model_len, PREFILL_LIST_BYTES // 4), (0, 0)
         if copied:
             lists = list_capacity(config, max_model_len)  # what is listed is copied
-            fitting = GATHER_BYTES // (token_bytes * PAGE) // math.ceil(max_model_len / PAGE)
-            decode_rows = max(1, min(decode_rows, fitting))
             segments, blocks = most_segments(config, near), rows // copies // BLOCK_QUERIES + 1
-            gather = gather_shapes(num_lists, segments, blocks, decode_rows, max_model_len)
+            gather = gather_shapes(num_lists, segments, blocks, max_model_len)
         return cls(
             lists=lists,
             index=index_capacity(config, lists // max(num_lists, 1), tokens, rows, near),
@@ -161,7 +157,7 @@ class Capacity:
             near=near,
             decode_rows=decode_rows,
             # A budget is for queries computed alone.
-            listed_keys=0 if copied or config.decode_budget is not None else LISTED_BYTES // token_bytes,
+            listed_keys=0 if config.decode_budget is not None else LISTED_BYTES // token_bytes,
             max_model_len=max_model_len,
             gather=gather,
         )
@@ -486,11 +482,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         focus, batch = self.focus, metadata.focus
         if focus is None or focus.store is None or batch is None or not _decodes_alone(batch):
             return
-        assert self.vllm_config is not None
-        dtype, count = self.vllm_config.model_config.dtype, batch.num_decode_tokens
-        assert isinstance(dtype, torch.dtype)
-        scratch, gather = self._decode_scratch(batch.first_decode, batch.progress, dtype)
-        if gather is not None or count > len(scratch.lists) or not focus.block_size:
+        count = batch.num_decode_tokens
+        scratch = self._decode_scratch(batch.first_decode, batch.progress)
+        if count > len(scratch.lists) or not focus.block_size:
             return
         build_decode_lists(
             metadata.slot_mapping,
@@ -554,7 +548,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         self._new_store(focus, most_slots, device)
         rows = self.scratch_capacity().decode_rows
         start = torch.arange(rows + 1, dtype=torch.int32, device=device), Progress.zeros(rows, device)
-        self._decode_scratch(*start, output.dtype)  # the workspace has its final size before it is used
+        self._decode_scratch(*start)  # the workspace has its final size before it is used
         prefill, gather = self._prefill_scratch(query, output)
         compile_kernels(
             _config(focus),
@@ -564,8 +558,9 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             self._cache_dtype(output.dtype),
             self._scores(layer),
             prefill=prefill,
-            decode=self._decode_scratch(*start, output.dtype)[0],
+            decode=self._decode_scratch(*start),
             gather=gather,
+            listed=self._own_attention(self._scores(layer)),
         )
 
     def _check_flash_attention(self) -> None:
@@ -606,39 +601,42 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         self, query: torch.Tensor, out: torch.Tensor
     ) -> tuple[PrefillScratch, GatherScratch | None]:
         capacity, heads = self.scratch_capacity(), (query.shape[1], self.num_kv_heads, query.shape[2])
-        buffers = capacity.prefill_buffers(heads, query.dtype, out.dtype)
-        (lists, index, sorted_query, sorted_out, *near), gather = self._workspace(buffers, out.dtype)
-        return PrefillScratch(lists, index, sorted_query, sorted_out, NearKeys(*near)), gather
-
-    def _decode_scratch(
-        self, first_decode: torch.Tensor, progress: Progress, dtype: torch.dtype
-    ) -> tuple[DecodeScratch, GatherScratch | None]:
-        (lists, list_lens), gather = self._workspace(self.scratch_capacity().decode_buffers(), dtype)
-        return DecodeScratch(lists, list_lens, first_decode, progress), gather
-
-    def _workspace(
-        self, buffers: Buffers, dtype: torch.dtype
-    ) -> tuple[list[torch.Tensor], GatherScratch | None]:
-        gather = self.scratch_capacity().gather_buffers(
-            self.num_kv_heads, self.head_size, self._cache_dtype(dtype)
+        cache_dtype = self._cache_dtype(out.dtype)
+        tensors = current_workspace_manager().get_simultaneous(
+            *capacity.prefill_buffers(heads, query.dtype, out.dtype),
+            *capacity.gather_buffers(self.num_kv_heads, self.head_size, cache_dtype),
         )
-        tensors = current_workspace_manager().get_simultaneous(*buffers, *gather)
-        copies = tensors[len(buffers) :]
-        return tensors[: len(buffers)], GatherScratch(*copies) if copies else None
+        (lists, index, sorted_query, sorted_out), near, copies = tensors[:4], tensors[4:7], tensors[7:]
+        scratch = PrefillScratch(lists, index, sorted_query, sorted_out, NearKeys(*near))
+        return scratch, GatherScratch(*copies) if copies else None
+
+    def _decode_scratch(self, first_decode: torch.Tensor, progress: Progress) -> DecodeScratch:
+        buffers = self.scratch_capacity().decode_buffers()
+        lists, list_lens = current_workspace_manager().get_simultaneous(*buffers)
+        return DecodeScratch(lists, list_lens, first_decode, progress)
 
     def _attention(
         self,
         scores: Scores,
         num_splits: int,
         gather: GatherScratch | None,
-        scheduler_metadata: torch.Tensor | None = None,
     ) -> FlashAttention:
         in_pages: FlashAttention = (
-            FlashAttention3(scores, num_splits, scheduler_metadata)
+            FlashAttention3(scores, num_splits)
             if self.vllm_flash_attn_version == 3
             else FlashAttention2(scores)
         )
         return in_pages if gather is None else GatheredAttention(in_pages, gather)
+
+    def _listed_attention(
+        self, scores: Scores, num_splits: int, scheduler_metadata: torch.Tensor | None
+    ) -> FlashAttention:
+        return self._own_attention(scores) or FlashAttention3(scores, num_splits, scheduler_metadata)
+
+    def _own_attention(self, scores: Scores) -> ListedAttention | None:
+        if not gathers(self.vllm_flash_attn_version):
+            return None
+        return ListedAttention(scores, self.scratch_capacity().decode_rows)
 
     def _tensors(self, focus: LayerFocus, kv_cache: torch.Tensor) -> LayerTensors:
         known = self.tensors
@@ -713,14 +711,12 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         if listed:
             rejoin(query.device, Beside.LISTS)
         capacity = self.scratch_capacity()
-        buffers = batch.first_decode, batch.progress, output.dtype
-        gather = self._decode_scratch(*buffers)[1] if any(capacity.gather) else None
         # A schedule is for so many sequences, and of any lengths only if the most splits are given.
         one_call = batch.num_decode_tokens <= capacity.decode_rows
         one_query_each = _decodes_alone(batch) and batch.query_start_loc is None
-        given = one_call and one_query_each and gather is None and metadata.max_num_splits > 1
+        given = one_call and one_query_each and metadata.max_num_splits > 1
         schedule = metadata.scheduler_metadata if given else None
-        attention = self._attention(scores, metadata.max_num_splits, gather, schedule)
+        attention = self._listed_attention(scores, metadata.max_num_splits, schedule)
 
         def launch() -> None:
             decode_attention(
@@ -734,7 +730,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 cache,
                 metadata.seq_lens,
                 batch.config,
-                self._decode_scratch(*buffers)[0],
+                self._decode_scratch(batch.first_decode, batch.progress),
                 tensors.totals,
                 batch.query_start_loc,
                 listed=listed,

@@ -1,4 +1,4 @@
-"""FlashAttention over lists where it cannot read pages of one slot: copy the listed keys into pages first."""
+"""Prefill over lists where FlashAttention cannot read pages of one slot: copy the keys into pages first."""
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, misc"
 
@@ -130,19 +130,14 @@ def _bits(tensor: torch.Tensor) -> torch.dtype:
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
 
 
-def gather_shapes(
-    num_lists: int, segments: int, blocks: int, decode_rows: int, max_model_len: int
-) -> tuple[int, int]:
-    """Return how many pages and table entries serve any call.
+def gather_shapes(num_lists: int, segments: int, blocks: int, max_model_len: int) -> tuple[int, int]:
+    """Return how many pages and table entries serve any call of prefill.
 
     Args:
-        num_lists: Lists of disjoint keys for each prefill segment.
+        num_lists: Lists of disjoint keys for each segment.
         segments: Most segments in a wave, whose keys together are at most `max_model_len`.
         blocks: Most query blocks in a wave, one more for each segment included.
-        decode_rows: Requests in one decode call.
         max_model_len: Longest request.
     """
     longest = triton.cdiv(max_model_len, PAGE)
-    return max(longest + num_lists * segments, decode_rows * longest), max(
-        num_lists * (blocks * longest + segments), decode_rows * longest
-    )
+    return longest + num_lists * segments, num_lists * (blocks * longest + segments)

@@ -126,7 +126,7 @@ def _copy_kernel(
 
 
 @triton.jit
-def _softmax(scores, v, max_score, total, acc, factor, compute: tl.constexpr):
+def go_on_with_softmax(scores, v, max_score, total, acc, factor, compute: tl.constexpr):
     """Go on with the softmax; maxima are kept before multiplication by `factor`, which folds into exp2."""
     new_max = tl.maximum(max_score, tl.max(scores, axis=1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max) * factor
@@ -138,7 +138,7 @@ def _softmax(scores, v, max_score, total, acc, factor, compute: tl.constexpr):
 
 
 @triton.jit
-def _capped(scores, cap_in, cap_out, has_softcap: tl.constexpr):
+def capped(scores, cap_in, cap_out, has_softcap: tl.constexpr):
     if has_softcap:
         scores = cap_out * (1.0 - 2.0 / (1.0 + tl.exp2(cap_in * scores)))
     return scores
@@ -163,7 +163,7 @@ def _copied_step(
     k = tl.load(keys + at, mask=mask, other=0.0)
     key_bits = tl.load(groups + row[:, None] * bits + bit[None, :], mask=inside[:, None], other=0.0)
     v = tl.load(values + at, mask=mask, other=0.0)
-    scores = _capped(tl.dot(q, tl.trans(k)), cap_in, cap_out, has_softcap)
+    scores = capped(tl.dot(q, tl.trans(k)), cap_in, cap_out, has_softcap)
     taken = (key[None, :] >= low[:, None]) & (key[None, :] < high[:, None])
     if sharing == "excluded":
         scores = tl.dot(query_bits, tl.trans(key_bits), scores)
@@ -174,7 +174,7 @@ def _copied_step(
         share = tl.dot(query_bits, tl.trans(key_bits)) != 0.0
         taken = taken & ((share == 0) | (key >= limit)[None, :])
     scores = tl.where(taken, scores, float("-inf"))
-    return _softmax(scores, v, max_score, total, acc, factor, compute)
+    return go_on_with_softmax(scores, v, max_score, total, acc, factor, compute)
 
 
 @triton.jit
@@ -192,11 +192,11 @@ def _paged_step(
     mask = inside[:, None] & real_channel[None, :]
     k = tl.load(keys + at, mask=mask, other=0.0).to(compute)
     v = tl.load(values + at, mask=mask, other=0.0).to(compute)
-    scores = _capped(tl.dot(q, tl.trans(k)), cap_in, cap_out, has_softcap)
+    scores = capped(tl.dot(q, tl.trans(k)), cap_in, cap_out, has_softcap)
     distance = position[:, None] - key[None, :]
     allowed = (distance <= window) | (key < sink)[None, :] | ((wanted[:, None] & groups[None, :]) != 0)
     scores = tl.where(allowed & (distance >= 0) & inside[None, :], scores, float("-inf"))
-    return _softmax(scores, v, max_score, total, acc, factor, compute)
+    return go_on_with_softmax(scores, v, max_score, total, acc, factor, compute)
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "far_lse_stride"])
@@ -239,7 +239,7 @@ def _near_kernel(
     if quantized:
         score_scale *= tl.load(q_scale + kv_head * scale_stride) * tl.load(k_scale + kv_head * scale_stride)
         value_scale = tl.load(v_scale + kv_head * scale_stride)
-    # tanh by exp2: `_capped` returns scores in units of 1 / log2(e), and so does the log-sum-exp below.
+    # tanh by exp2: `capped` returns scores in units of 1 / log2(e), and so does the log-sum-exp below.
     cap_in = 2.0 * log2_e * score_scale / softcap if has_softcap else 0.0
     cap_out = softcap
     factor = log2_e if has_softcap else score_scale * log2_e

@@ -41,6 +41,7 @@ def compile_kernels(
     prefill: PrefillScratch,
     decode: DecodeScratch,
     gather: GatherScratch | None = None,
+    listed: FlashAttention | None = None,
 ) -> None:
     """Run prefill and decode, without FlashAttention, on data of the shapes and dtypes to come.
 
@@ -53,7 +54,8 @@ def compile_kernels(
         scores: The layer's scale and softcap.
         prefill: Buffers.
         decode: Buffers.
-        gather: Buffers, where listed keys are copied.
+        gather: Buffers, where keys that prefill has listed are copied.
+        listed: What attends to decode's lists, if it is not FlashAttention.
     """
     attention: FlashAttention = _no_attention
     if gather is not None:
@@ -101,21 +103,9 @@ def compile_kernels(
             several,
             behind_routing=behind_routing,
         )
-    decode_attention(
-        attention,
-        query[:1],
-        out[:1],
-        slots,
-        query_groups,
-        query_groups,
-        store,
-        cache,
-        slots.int(),
-        config,
-        decode,
-        totals,
-        listed=True,
-    )
+    if listed is not None:
+        tensors = query[:1], out[:1], slots, query_groups, query_groups, store, cache
+        decode_attention(listed, *tensors, slots.int(), config, decode, totals, listed=True)
     write_stores(address_of(store, query_groups), dtype, slots, totals)
 
 

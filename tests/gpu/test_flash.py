@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_kernels import decode, prefill, settings
+from test_kernels import decode, own_attention, prefill, settings
 
 from focus_vllm.kernels.gather import GatheredAttention
 from focus_vllm.kernels.plan import lists_per_query
@@ -112,6 +112,16 @@ def test_decode_is_as_exact_as_flash_attention(groups, shape):
     assert error_of(batch, decode(batch, flash=flash)) <= 1.5 * dense_error(batch)
 
 
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_without_flash_attention_is_as_exact(groups, shape):
+    batch = batch_of(groups, shape, torch.bfloat16, {"seq_lens": LENGTHS, "query_lens": [1] * len(LENGTHS)})
+    out = decode(batch, flash=own_attention)
+    assert error_of(batch, out) <= 1.5 * dense_error(batch)
+    for _ in range(5):
+        assert torch.equal(decode(batch, flash=own_attention), out)
+
+
 @pytest.mark.parametrize("requests", [1, 3, 40, 300])
 def test_decode_lists_of_any_batch_size_are_complete_each_time(requests):
     """The programs of a launch wait for one another: this must end, and leave no trace for the next."""
@@ -133,27 +143,25 @@ def test_decode_with_a_budget_is_as_exact_as_flash_attention(budget):
     assert error_of(batch, decode(batch, flash=flash)) <= 1.5 * dense_error(batch)
 
 
-@pytest.mark.parametrize("run", [prefill, decode])
 @pytest.mark.parametrize("groups", ["1/1", "1/2"])
-def test_keys_copied_into_pages_give_what_lists_in_place_give(run, groups):
-    queries = [1] * 6 if run is decode else RAGGED["chunks at the end"]
-    lengths = {"seq_lens": LENGTHS, "query_lens": queries}
+def test_keys_copied_into_pages_give_what_lists_in_place_give(groups):
+    lengths = {"seq_lens": LENGTHS, "query_lens": RAGGED["chunks at the end"]}
     batch = batch_of(groups, "32/8 x 128", torch.bfloat16, lengths)
-    copied = run(batch, flash=lambda scores: GatheredAttention(flash(scores), None))
+    copied = prefill(batch, flash=lambda scores: GatheredAttention(flash(scores), None))
     assert error_of(batch, copied) <= 1.5 * dense_error(batch)
 
 
-@pytest.mark.parametrize("run", [prefill, decode])
-def test_softcap_is_as_exact_as_flash_attention(run):
+@pytest.mark.parametrize(("run", "flash"), [(prefill, flash), (decode, flash), (decode, own_attention)])
+def test_softcap_is_as_exact_as_flash_attention(run, flash):
     lengths = {"seq_lens": [3000], "query_lens": [1 if run is decode else 1500]}
     batch = batch_of("1/1", "32/8 x 128", torch.bfloat16, lengths)
     out = run(batch, softcap=20.0, flash=flash)
     assert error_of(batch, out, softcap=20.0) <= 1.5 * dense_error(batch, softcap=20.0)
 
 
-@pytest.mark.parametrize("run", [prefill, decode])
+@pytest.mark.parametrize(("run", "flash"), [(prefill, flash), (decode, flash), (decode, own_attention)])
 @pytest.mark.parametrize("groups", ["1/1", "1/2"])
-def test_fp8_cache_with_descales_follows_the_definition(run, groups):
+def test_fp8_cache_with_descales_follows_the_definition(run, flash, groups):
     lengths = {"seq_lens": [3000, 700], "query_lens": [1, 1] if run is decode else [1500, 100]}
     batch = batch_of(groups, "32/8 x 128", torch.float8_e4m3fn, lengths)
     scales = tuple(torch.tensor([scale], device="cuda") for scale in (0.5, 1.5, 0.25))
