@@ -8,7 +8,8 @@ The Focus side is everything a layer adds or replaces: routing, group store, lis
 near part, merge and counters. Both sides run in this process on the same tensors. A case is not reported
 unless its output agrees with the definition in float32: its relative error may be at most 1.5 times that of
 stock FlashAttention against dense attention. "decode+qkv" puts the layer's QKV projection on both sides,
-beside which a model routes and lists. The file is written after every case, and cases that it has are not run
+beside which a model routes and lists; "decode+own" has the kernel that attends to lists where there is no
+FlashAttention 3. The file is written after every case, and cases that it has are not run
 again.
 """
 
@@ -42,6 +43,7 @@ from focus_vllm.kernels.attention import (
     prefill_attention,
 )
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
+from focus_vllm.kernels.listed import ListedAttention
 from focus_vllm.kernels.near import GROUP_BITS, NearKeys, Scores, near_tile
 from focus_vllm.kernels.plan import (
     BLOCK_QUERIES,
@@ -145,6 +147,8 @@ class Layer:
             self.projected = torch.empty(tokens, width, device=DEVICE, dtype=dtype)
         self.metadata = self._scheduler_metadata(shape) if case.decodes and DEVICE == "cuda" else None
         self.attention = _flash_attention(self.scores, MAX_SPLITS if case.decodes else 0, self.metadata)
+        if case.phase == "decode+own":
+            self.attention = ListedAttention(self.scores, case.batch)
         self._plan(shape)
 
     def _scheduler_metadata(self, shape: Shape) -> torch.Tensor:
@@ -432,6 +436,10 @@ def cases() -> list[Case]:
         Case("decode+qkv", context, batch, one)
         for batch, context in ((1, 8192), (1, 32768), (1, 131072), (8, 131072))
     ]
+    lines += [
+        Case("decode+own", context, batch, one)
+        for batch, context in ((1, 8192), (1, 131072), (1, 524288), (8, 131072), (32, 8192), (32, 131072))
+    ]
     for num_groups, key_k, top_k in ((16, 1, 2), (16, 1, 4), (8, 2, 2), (4, 2, 2)):
         config = FocusConfig(num_groups=num_groups, key_k=key_k, top_k=top_k)
         lines += [Case("prefill", context, 1, config) for context in (65536, 16384, 262144)]
@@ -451,7 +459,7 @@ def smoke_cases() -> list[Case]:
     several, sets = (dataclasses.replace(one, key_k=key_k, top_k=2) for key_k in (1, 2))
     kinds = (one, several, sets, SeparateQueries.of(one))
     lines = [Case("prefill", 260, 1, config) for config in kinds]
-    return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv")]
+    return lines + [Case(phase, 300, 2, one) for phase in ("decode", "decode+qkv", "decode+own")]
 
 
 def environment() -> dict[str, str]:

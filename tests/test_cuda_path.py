@@ -171,7 +171,7 @@ def forward(
 class Scheduled(SlowFlashAttention):
     """Takes vLLM's schedule, here the number of its sequences, for as many sequences only."""
 
-    def __init__(self, scores: Scores, num_splits: int, schedule: torch.Tensor | None) -> None:
+    def __init__(self, scores: Scores, num_splits: int, schedule: torch.Tensor | None = None) -> None:
         super().__init__(scores)
         self.schedule = schedule
 

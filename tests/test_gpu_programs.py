@@ -79,7 +79,7 @@ def test_kernels_are_measured_once_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     kernels.main()
     written = json.loads(output.read_text())
-    assert [row["phase"] for row in written["rows"]] == ["decode", "decode+qkv"]
+    assert [row["phase"] for row in written["rows"]] == ["decode", "decode+qkv", "decode+own"]
     assert all(0 < row["keys_read"] < 1 for row in written["rows"])
     assert "FAILED" not in capsys.readouterr().out
     monkeypatch.setattr(kernels, "measure", None)

@@ -413,8 +413,8 @@ def test_what_attends_to_lists_returns_their_log_sum_exp_and_leaves_no_trace():
         results.append((out, lse))
     (expected, expected_lse), first, second = results
     for out, lse in (first, second):
-        assert torch.allclose(out, expected, atol=2e-3)
-        assert torch.allclose(lse[:, 1:], expected_lse[:, 1:], atol=2e-3)
+        assert (out - expected).norm() < 2e-3 * expected.norm()
+        assert (lse - expected_lse)[:, 1:].norm() < 2e-3 * expected_lse[:, 1:].norm()
         assert torch.isinf(lse[:, 0]).all()
         assert torch.equal(out, first[0])
     assert not Partial.of(query.device, 8, *shape.values()).done.any()
