@@ -1,9 +1,9 @@
 """The CUDA attention backend: vLLM's FlashAttention, over lists of slots where a layer is routed.
 
 Decodes come first in a batch (`reorder_batch_threshold`) and take one FlashAttention call over lists that are
-built on the device, or one launch of our own without FlashAttention 3, so batches of decodes alone run in full
-CUDA graphs. Where a decode has several queries, as with speculative decoding, each of them is a sequence of its
-own, of a length that the device finds.
+built on the device, or without FlashAttention 3 one launch of our own, so batches of decodes alone run in
+full CUDA graphs. Where a decode has several queries, as with speculative decoding, each of them is a sequence
+of its own, of a length that the device finds.
 Prefill chunks are cut at `dense_below`: queries before it go through the stock call, the rest through
 `prefill_attention`, or like decodes where they are so few that launching all that would take longer. A batch
 whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
@@ -80,12 +80,12 @@ PREFILL_LIST_BYTES = 64 * 2**20
 """What prefill lists take at least: with 8 groups, chunks of requests of 2M tokens together in one wave."""
 LISTED_QUERIES = 128
 """Queries that have room for lists of their own however few requests there may be."""
-LISTED_BYTES = 5 * 2**28
+LISTED_BYTES = 2**30
 """Keys and values, counted for every query that lists them, up to which prefills are served like decodes.
 
 H200s, 2026-11-26, 8B's shape: behind 8,192 tokens 128 queries, 0.8 GB, take 8 ms less like that. 64 behind
-32,768 and 16 behind 131,072, 1.1 to 1.2 GB, take as long where the host is fast, which launches all that
-prefill needs, and less where it is not. 128 behind 32,768, 2.4 GB, take 6 ms longer.
+32,768, 1.2 GB, take as long or 2 ms longer, as the host may be that launches what prefill needs; 128, 2.4 GB,
+take 6 ms longer.
 """
 
 
