@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.experimental.gluon  # noqa: F401 - what the first launch would import
 
+        import focus_vllm.kernels.listed
         import focus_vllm.kernels.routing
         import focus_vllm.kernels.warmup  # noqa: F401
 
