@@ -6,7 +6,8 @@ full CUDA graphs. Where a decode has several queries, as with speculative decodi
 of its own, of a length that the device finds.
 Prefill chunks are cut at `dense_below`: queries before it go through the stock call, the rest through
 `prefill_attention`, or like decodes where they are so few that launching all that would take longer. A batch
-whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit.
+whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit, save that without
+FlashAttention 3 decodes in full CUDA graphs are our own kernel's.
 """
 
 from __future__ import annotations

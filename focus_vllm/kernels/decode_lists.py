@@ -8,7 +8,8 @@ Grid and buffers depend on the batch size and the longest possible request alone
 captured in a CUDA graph and replayed as requests grow. Right behind routing it may begin while that runs
 (CUDA's programmatic dependent launch) and waits for the groups only after it has loaded what else it needs.
 
-A request has one query, or several where it verifies drafts; each query has a list of its own.
+A request has one query, or several where it verifies drafts or is a short turn behind a cached prompt;
+each query has a list of its own.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, misc"
