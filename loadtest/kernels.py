@@ -38,6 +38,7 @@ from focus_vllm.kernels.attention import (
     DecodeScratch,
     FlashAttention,
     PrefillScratch,
+    Sequences,
     decode_attention,
     decode_scratch_shapes,
     prefill_attention,
@@ -211,10 +212,9 @@ class Layer:
         if self.case.decodes:
             longest = 1
         if DEVICE == "cpu":
-            SlowFlashAttention(self.scores)(
-                query, key_cache, value_cache, out=out, block_table=self.paged.block_table, table_rows=None,
-                cu_seqlens_q=starts, seqused_k=seq_lens, max_seqlen_q=longest, max_seqlen_k=keys, causal=True,
-            )  # fmt: skip
+            table = self.paged.block_table
+            sequences = Sequences(table, None, starts, seq_lens, longest, keys, causal=True)
+            SlowFlashAttention(self.scores)(query, key_cache, value_cache, out, sequences)
             return
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from focus_vllm.config import FocusConfig
+from focus_vllm.kernels.attention import Sequences
 from focus_vllm.kernels.near import Cache, Scores
 from focus_vllm.kernels.plan import SeparateQueries
 from focus_vllm.reference import decode_mask, focus_mask, masked_attention
@@ -26,15 +27,8 @@ class SlowFlashAttention:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
         out: torch.Tensor,
-        block_table: torch.Tensor,
-        table_rows: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        causal: bool,
+        sequences: Sequences,
     ) -> torch.Tensor:
         if keys.shape[1] < self.least_page:
             raise ValueError(f"pages have {keys.shape[1]} slots, at least {self.least_page} are needed")
@@ -45,21 +39,22 @@ class SlowFlashAttention:
             scale, value_scale = scale * float(scores.q_scale * scores.k_scale), float(scores.v_scale)
             query, keys, values = query.float(), keys.float(), values.float()
         lse = torch.full((query.shape[1], len(query)), float("inf"), device=query.device)
-        starts = cu_seqlens_q.tolist()
+        starts, table_rows = sequences.cu_seqlens_q.tolist(), sequences.table_rows
         assert starts[-1] == len(query) == len(out)
-        for sequence, used in enumerate(seqused_k.tolist()):
+        for sequence, used in enumerate(sequences.seqused_k.tolist()):
             rows = slice(starts[sequence], starts[sequence + 1])
             count = rows.stop - rows.start
-            assert count <= max_seqlen_q
-            assert used <= max_seqlen_k
+            assert count <= sequences.max_seqlen_q
+            assert used <= sequences.max_seqlen_k
             if count == 0:
                 continue
             row = sequence if table_rows is None else int(table_rows[sequence])
             page_size = keys.shape[1]
             position = torch.arange(used, device=query.device)
-            slots = block_table[row, position // page_size].long() * page_size + position % page_size
+            page = sequences.block_table[row, position // page_size].long()
+            slots = page * page_size + position % page_size
             mask = torch.ones(count, used, dtype=torch.bool, device=query.device)
-            if causal:
+            if sequences.causal:
                 mask = mask.tril(used - count)
             part, part_lse = masked_attention(
                 query[rows],

@@ -175,9 +175,9 @@ class Scheduled(SlowFlashAttention):
         super().__init__(scores)
         self.schedule = schedule
 
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert self.schedule is None or len(kwargs["seqused_k"]) == self.schedule
-        return super().__call__(*args, **kwargs)
+    def __call__(self, *args: Any) -> torch.Tensor:
+        assert self.schedule is None or len(args[-1].seqused_k) == self.schedule
+        return super().__call__(*args)
 
 
 @pytest.fixture
@@ -332,8 +332,10 @@ def test_batch_of_decodes_alone_follows_the_definition(backend):
 
 
 @pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 4, 2]])
+@pytest.mark.parametrize("attention", ["FlashAttention3", "ListedAttention"])
 @pytest.mark.usefixtures("stand_ins")
-def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch, query_lens):
+def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch, attention, query_lens):
+    monkeypatch.setenv("FOCUS_GATHER", "1" if attention == "ListedAttention" else "0")
     batch = batch_of(
         settings("1/1", dense_below=100, window=3), seq_lens=[30, 700, 102], query_lens=query_lens
     )
@@ -344,14 +346,14 @@ def test_decodes_listed_ahead_follow_the_definition(backend, monkeypatch, query_
         def get_simultaneous(self, *sizes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
             return scratch.setdefault(sizes, super().get_simultaneous(*sizes))
 
-    class Noted(Scheduled):
-        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    class Noted(getattr(backend, attention)):
+        def __call__(self, *args: Any) -> torch.Tensor:
             order.append("attention")
-            return super().__call__(*args, **kwargs)
+            return super().__call__(*args)
 
     order: list[Any] = []
     monkeypatch.setattr(backend, "rejoin", lambda device, what: order.append(what))
-    monkeypatch.setattr(backend, "FlashAttention3", Noted)
+    monkeypatch.setattr(backend, attention, Noted)
     monkeypatch.setattr(backend, "current_workspace_manager", KeptWorkspace)
     slots = new_slots(batch)
     impl = layer_of(backend, batch, slots)

@@ -20,6 +20,7 @@ from focus_vllm.kernels.attention import (
     DecodeScratch,
     FlashAttention,
     PrefillScratch,
+    Sequences,
     decode_attention,
     decode_scratch_shapes,
     prefill_attention,
@@ -406,10 +407,8 @@ def test_what_attends_to_lists_returns_their_log_sum_exp_and_leaves_no_trace():
     results = []
     for attention in (SlowFlashAttention(Scores(0.2)), flash, flash):
         out = torch.full_like(query, float("nan"))
-        lse = attention(
-            query, keys, values, out=out, block_table=lists, table_rows=None, cu_seqlens_q=starts,
-            seqused_k=used, max_seqlen_q=1, max_seqlen_k=400, causal=True,
-        )  # fmt: skip
+        sequences = Sequences(lists, None, starts, used, 1, 400, causal=True)
+        lse = attention(query, keys, values, out, sequences)
         results.append((out, lse))
     (expected, expected_lse), first, second = results
     for out, lse in (first, second):

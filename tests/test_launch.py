@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -117,25 +118,31 @@ def test_launches_are_repeated_with_other_values_and_with_what_calls_return() ->
     launch, repeated = Launcher(recorder), Repeated()
     scratch, begun, results = torch.ones(4), [], []
 
-    def attention(keys: torch.Tensor, scale: float) -> torch.Tensor:
-        launch((9,), keys, keys, 0, 0, first=0, second=0)  # of its own, not to be repeated beside it
-        results.append(keys * scale)
-        return results[-1]
+    @dataclasses.dataclass
+    class Attention:
+        scale: float
 
-    def layer(keys: torch.Tensor, scale: float, none: None) -> None:
+        def __call__(self, keys: torch.Tensor, factor: float) -> torch.Tensor:
+            launch((9,), keys, keys, 0, 0, first=0, second=0)  # of its own, not to be repeated beside it
+            results.append(keys * factor * self.scale)
+            return results[-1]
+
+    def layer(keys: torch.Tensor, factor: float, none: None) -> None:
+        attention = Attention(float(keys[0]))  # every layer's is another
+
         def launches() -> None:
             begun.append(keys)
             launch((1,), keys, scratch, 3, 3, first=1, second=2)
-            result = call(attention, keys, scale)
+            result = call(attention, keys, factor)
             launch((2,), result, none, 3, 3, first=1, second=2)
 
-        repeated(Fixed(keys), (scale, none), launches)
+        repeated(Fixed(keys), (factor, attention, none), launches)
 
     layers = list(
         zip([torch.full((4,), float(number)) for number in range(4)], (2.0, 2.0, 2.0, 5.0), strict=True)
     )
-    for keys, scale in layers:
-        layer(keys, scale, None)
+    for keys, factor in layers:
+        layer(keys, factor, None)
     layer(layers[0][0].double(), 2.0, None)
     layer(torch.zeros(5)[1:], 2.0, None)
     assert [id(keys) for keys in begun[:2]] == [id(layers[0][0]), id(layers[3][0])]
@@ -143,8 +150,8 @@ def test_launches_are_repeated_with_other_values_and_with_what_calls_return() ->
     # Every binary is noted once as compiled, before its launches.
     launches = [(note[1], *note[10:]) for note in recorder.noted if note[0] != "compiled"]
     expected = []
-    for (keys, scale), result in zip(layers, results[:4], strict=True):
-        assert torch.equal(result, keys * scale)
+    for (keys, factor), result in zip(layers, results[:4], strict=True):
+        assert torch.equal(result, keys * factor * keys[0])
         expected += [
             (1, keys.data_ptr(), scratch.data_ptr(), 3, 3, 1, 2),
             (9, keys.data_ptr(), keys.data_ptr(), 0, 0, 0, 0),
@@ -160,9 +167,10 @@ def test_what_uses_views_is_not_repeated() -> None:
     for keys in tensors:
         repeated(Fixed(), [keys], lambda keys=keys: launch((1,), keys, keys[4:], 3, 3, first=1, second=2))
         repeated(Fixed(keys), [1], lambda keys=keys: sums.append(call(torch.sum, keys[4:])))
+        repeated(Fixed(keys), [2], lambda keys=keys: sums.append(call(torch.stack, (keys, keys[:4])[1:])))
     launches = [note[10:12] for note in recorder.noted if note[0] != "compiled"]
     assert launches == [(keys.data_ptr(), keys[4:].data_ptr()) for keys in tensors]
-    assert sums == [0, 4]
+    assert [float(result.sum()) for result in sums] == [0, 0, 4, 4]
 
 
 @pytest.mark.usefixtures("stream")

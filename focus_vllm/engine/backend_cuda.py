@@ -46,6 +46,7 @@ from focus_vllm.kernels.attention import (
     DecodeScratch,
     FlashAttention,
     PrefillScratch,
+    Sequences,
     decode_attention,
     decode_scratch_shapes,
     prefill_attention,
@@ -683,19 +684,18 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         if batch.num_decodes:
             self._decode(tensors, metadata, batch, scores, cache, _first(count, query), _first(count, output))
         if batch.dense is not None:
-            pages = tensors.kv_cache.transpose(1, 2)
-            self._attention(scores, metadata.max_num_splits, None)(
-                query[count:],
-                *self._split_heads(pages),
-                out=output[count:],
-                block_table=metadata.block_table,
-                table_rows=batch.dense.requests,
-                cu_seqlens_q=batch.dense.cu_seqlens_q,
-                seqused_k=batch.dense.seqused_k,
-                max_seqlen_q=batch.dense.max_seqlen_q,
-                max_seqlen_k=batch.config.dense_below,
+            keys, values = self._split_heads(tensors.kv_cache.transpose(1, 2))
+            sequences = Sequences(
+                metadata.block_table,
+                batch.dense.requests,
+                batch.dense.cu_seqlens_q,
+                batch.dense.seqused_k,
+                batch.dense.max_seqlen_q,
+                batch.config.dense_below,
                 causal=True,
             )
+            attention = self._attention(scores, metadata.max_num_splits, None)
+            attention(query[count:], keys, values, output[count:], sequences)
         if batch.waves:
             self._prefill(tensors, metadata, batch, scores, cache, query, output)
 

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from vllm import vllm_flash_attn  # loads the operators
 
+from focus_vllm.kernels.attention import Sequences
 from focus_vllm.kernels.near import Scores
 
 
@@ -27,18 +28,11 @@ class FlashAttention3:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
         out: torch.Tensor,
-        block_table: torch.Tensor,
-        table_rows: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        causal: bool,
+        sequences: Sequences,
     ) -> torch.Tensor:
         scores = self.scores
-        descale_shape = (len(seqused_k), keys.shape[2])
+        descale_shape = (len(sequences.seqused_k), keys.shape[2])
         descales = [
             None if scale is None else scale.expand(descale_shape)
             for scale in (scores.q_scale, scores.k_scale, scores.v_scale)
@@ -51,22 +45,22 @@ class FlashAttention3:
             None,  # v_new
             None,  # q_v
             out,
-            cu_seqlens_q,
+            sequences.cu_seqlens_q,
             None,  # cu_seqlens_k
             None,  # cu_seqlens_k_new
             None,  # seqused_q
-            seqused_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            block_table,
-            table_rows,
+            sequences.seqused_k,
+            sequences.max_seqlen_q,
+            sequences.max_seqlen_k,
+            sequences.block_table,
+            sequences.table_rows,
             None,  # leftpad_k
             None,  # rotary_cos
             None,  # rotary_sin
             None,  # seqlens_rotary
             *descales,
             scores.scale,
-            causal,
+            sequences.causal,
             -1,
             -1,
             scores.softcap,
@@ -95,29 +89,23 @@ class FlashAttention2:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
         out: torch.Tensor,
-        block_table: torch.Tensor,
-        table_rows: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        causal: bool,
+        sequences: Sequences,
     ) -> torch.Tensor:
+        table, rows = sequences.block_table, sequences.table_rows
         _, lse = vllm_flash_attn.flash_attn_varlen_func(
             query,
             keys,
             values,
             out=out,
-            max_seqlen_q=max_seqlen_q,
-            cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_k=max_seqlen_k,
-            seqused_k=seqused_k,
+            max_seqlen_q=sequences.max_seqlen_q,
+            cu_seqlens_q=sequences.cu_seqlens_q,
+            max_seqlen_k=sequences.max_seqlen_k,
+            seqused_k=sequences.seqused_k,
             softmax_scale=self.scores.scale,
-            causal=causal,
+            causal=sequences.causal,
             softcap=self.scores.softcap,
-            block_table=block_table if table_rows is None else block_table[table_rows],
+            block_table=table if rows is None else table[rows],
             return_softmax_lse=True,
             fa_version=2,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,38 +21,44 @@ from focus_vllm.kernels.plan import Far, PrefillPlan, far_mode
 from focus_vllm.kernels.tally import tally_prefill
 
 
+class Sequences(NamedTuple):
+    """Which keys queries attend to, as FlashAttention takes it."""
+
+    block_table: torch.Tensor
+    """`[num_rows, max_num_pages]`, int32; with pages of one slot, lists of slots."""
+    table_rows: torch.Tensor | None
+    """`[num_sequences]`, int32, the row that each sequence reads; None for the row of its index."""
+    cu_seqlens_q: torch.Tensor
+    """`[num_sequences + 1]`, int32."""
+    seqused_k: torch.Tensor
+    """`[num_sequences]`, int32, keys of each."""
+    max_seqlen_q: int
+    """At least the longest sequence of queries."""
+    max_seqlen_k: int
+    """At least the most keys."""
+    causal: bool
+    """Align the sequences' ends and mask; otherwise every query attends to all keys."""
+
+
 class FlashAttention(Protocol):
-    """Variable-length attention over keys and values listed by slot."""
+    """Variable-length attention over paged keys and values."""
 
     def __call__(
         self,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
         out: torch.Tensor,
-        block_table: torch.Tensor,
-        table_rows: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        causal: bool,
+        sequences: Sequences,
     ) -> torch.Tensor:
         """Attend, scaled and capped as the layer does.
 
         Args:
             query: `[num_queries, num_heads, head_size]`.
-            keys: `[num_slots, 1, num_kv_heads, head_size]`: pages of one slot.
+            keys: `[num_pages, page_size, num_kv_heads, head_size]`.
             values: As `keys`.
             out: `[num_queries, num_heads, head_size]`, written; sequences without keys get zeros.
-            block_table: `[num_rows, max_seqlen_k]`, int32 slots.
-            table_rows: `[num_sequences]`, int32, the row each sequence reads; None for the row of its index.
-            cu_seqlens_q: `[num_sequences + 1]`, int32.
-            seqused_k: `[num_sequences]`, int32.
-            max_seqlen_q: At least the longest sequence of queries.
-            max_seqlen_k: At least the longest list.
-            causal: Align the sequences' ends and mask; otherwise every query attends to the whole list.
+            sequences: Over pages of one slot, where `keys` are so.
 
         Returns:
             The log-sum-exp, `[num_heads, num_queries]`, float32; infinite for a query without keys.
@@ -126,43 +132,14 @@ def prefill_attention(
             sorted_query = sort_queries(plan, query, lists, config, scratch.query)
             far_out = scratch.out[: len(sorted_query)]
             table_rows = plan.table_rows if mode is Far.BLOCK else None
-            sequences = lists.slots, table_rows, lists.cu_seqlens_q, lists.seqused_k
-            lse = call(
-                _attend, attention, sorted_query, cache.keys, cache.values, far_out, *sequences,
-                plan.max_queries, plan.max_keys, mode is Far.GROUP,
+            sequences = Sequences(
+                lists.slots, table_rows, lists.cu_seqlens_q, lists.seqused_k,
+                plan.max_queries, plan.max_keys, causal=mode is Far.GROUP,
             )  # fmt: skip
+            lse = call(attention, sorted_query, cache.keys, cache.values, far_out, sequences)
             far = (far_out, lse, lists.row_of)
         tally_prefill(plan, query_groups, store, cache.block_table, cache.block_size, config, lists, totals)
         near_and_merge(plan, query, out, query_groups, store, cache, config, scores, far, scratch.near)
-
-
-def _attend(
-    attention: FlashAttention,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    out: torch.Tensor,
-    block_table: torch.Tensor,
-    table_rows: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    seqused_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-) -> torch.Tensor:
-    return attention(
-        query,
-        keys,
-        values,
-        out=out,
-        block_table=block_table,
-        table_rows=table_rows,
-        cu_seqlens_q=cu_seqlens_q,
-        seqused_k=seqused_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        causal=causal,
-    )
 
 
 def decode_attention(
@@ -223,11 +200,9 @@ def decode_attention(
                 query_start_loc,
                 start,
             )
-        sequences = lists, None, scratch.cu_seqlens_q[: count + 1], list_lens
-        call(
-            _attend, attention, _part(query, part), cache.keys, cache.values, _part(out, part), *sequences,
-            1, max_model_len, True,
-        )  # fmt: skip
+        starts = scratch.cu_seqlens_q[: count + 1]
+        sequences = Sequences(lists, None, starts, list_lens, 1, max_model_len, causal=True)
+        call(attention, _part(query, part), cache.keys, cache.values, _part(out, part), sequences)
 
 
 def _part(tensor: torch.Tensor, part: slice | None) -> torch.Tensor:

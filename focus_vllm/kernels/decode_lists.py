@@ -240,13 +240,14 @@ def build_decode_lists(
             for its end.
     """
     num_queries = len(list_lens)
+    parts = decode_parts(num_queries)
     early = behind_routing and launches_early(store.device)
     budget = NO_BUDGET if config.decode_budget is None else config.decode_budget
     _launch_list(
-        (num_queries, decode_parts(num_queries)),
+        (num_queries, parts),
         slot_mapping, key_groups, store, query_groups, block_table, block_table.stride(0), block_size,
         query_start_loc, 0 if query_start_loc is None else len(query_start_loc) - 1, first_query, seq_lens,
         progress.counts, progress.done, lists, lists.stride(0), list_lens, totals,
-        config.dense_below, config.window, config.sink, budget, decode_parts(num_queries),
+        config.dense_below, config.window, config.sink, budget, parts,
         most_parts=MOST_PARTS, tile=TILE, early=early, launch_pdl=early,
     )  # fmt: skip

@@ -5,16 +5,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from focus_vllm.kernels.attention import FlashAttention, Sequences
 from focus_vllm.kernels.launch import Launcher
-
-if TYPE_CHECKING:
-    from focus_vllm.kernels.attention import FlashAttention
 
 PAGE = 16
 
@@ -73,36 +70,26 @@ class GatheredAttention:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
         out: torch.Tensor,
-        block_table: torch.Tensor,
-        table_rows: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        causal: bool,
+        sequences: Sequences,
     ) -> torch.Tensor:
         if keys.shape[1] == 1:  # else already in pages
-            lists, num_rows = block_table, len(block_table)
-            if table_rows is None:
-                used = seqused_k
-            else:  # sequences that share a list read its first keys
-                used = seqused_k.new_zeros(num_rows).scatter_reduce_(0, table_rows.long(), seqused_k, "amax")
+            used, table_rows = sequences.seqused_k, sequences.table_rows
+            if table_rows is not None:  # sequences that share a list read its first keys
+                used = used.new_zeros(len(sequences.block_table))
+                used.scatter_reduce_(0, table_rows.long(), sequences.seqused_k, "amax")
             num_pages = (used + (PAGE - 1)) // PAGE
             first_page = (num_pages.cumsum(0) - num_pages).int()
-            self._gather(keys, values, lists, used, first_page, max_seqlen_k)
-            pages = torch.arange(triton.cdiv(max_seqlen_k, PAGE), dtype=torch.int32, device=query.device)
-            shape = (len(seqused_k), len(pages))
-            block_table = self.scratch.table[: shape[0] * shape[1]].view(shape)
+            self._gather(keys, values, sequences.block_table, used, first_page, sequences.max_seqlen_k)
+            pages = triton.cdiv(sequences.max_seqlen_k, PAGE)
+            shape = (len(sequences.seqused_k), pages)
+            table = self.scratch.table[: shape[0] * shape[1]].view(shape)
             first_page = first_page if table_rows is None else first_page[table_rows]
-            torch.add(first_page[:, None], pages[None, :], out=block_table)
-            keys, values, table_rows = self.scratch.keys, self.scratch.values, None
-        return self.attention(
-            query, keys, values, out=out, block_table=block_table, table_rows=table_rows,
-            cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k, causal=causal,
-        )  # fmt: skip
+            nth = torch.arange(pages, dtype=torch.int32, device=query.device)
+            torch.add(first_page[:, None], nth[None, :], out=table)
+            keys, values = self.scratch.keys, self.scratch.values
+            sequences = sequences._replace(block_table=table, table_rows=None)
+        return self.attention(query, keys, values, out, sequences)
 
     def _gather(
         self,

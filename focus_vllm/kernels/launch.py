@@ -68,7 +68,7 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     """Call, and again where `Repeated` repeats.
 
     Args:
-        function: What launches something.
+        function: What launches something; may be one of the values.
         args: Its arguments.
 
     Returns:
@@ -81,51 +81,58 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     finally:
         _remembering = calls
     if calls is not None:
-        calls.add(function, args, result)
+        calls.add(None, (function, *args), result)
     return result
 
 
 class _Calls:
     def __init__(self, values: Sequence[Any]) -> None:
-        self._calls: list[tuple[Callable[..., Any] | _Bound, list[Any], list[tuple[int, int]]]] = []
+        self._calls: list[tuple[_Bound | None, list[Any], list[tuple[int, int]]]] = []
         self._numbers = {id(value): number for number, value in enumerate(values) if value is not None}
         self._num_values = len(values)
         self._storages = {_storage(value) for value in values if isinstance(value, torch.Tensor)}
         self._alive: list[Any] = []
         self.views = False
 
-    def add(self, function: Callable[..., Any] | _Bound, args: tuple[Any, ...], result: Any) -> None:
+    def add(self, bound: _Bound | None, args: tuple[Any, ...], result: Any) -> None:
+        """Without a binary the first argument is what to call, and may be a value too."""
         places, kept = [], []
         for place, arg in enumerate(args):
             number = self._numbers.get(id(arg))
             if number is not None:  # will be replaced, and is not kept
                 places.append((place, number))
                 arg = None
-            elif isinstance(arg, torch.Tensor) and arg.numel() and _storage(arg) in self._storages:
+            elif self._uses_values(arg):
                 self.views = True
             kept.append(arg)
         self._alive.append(kept)
-        self._calls.append((function, _pointers(kept) if isinstance(function, _Bound) else kept, places))
+        self._calls.append((bound, kept if bound is None else _pointers(kept), places))
         if result is not None:
             self._alive.append(result)  # whose number must stay its own
             self._numbers[id(result)] = self._num_values + len(self._calls) - 1
+
+    def _uses_values(self, arg: Any) -> bool:
+        if isinstance(arg, tuple):
+            return any(map(self._uses_values, arg))
+        return isinstance(arg, torch.Tensor) and arg.numel() > 0 and _storage(arg) in self._storages
 
     def repeat(self, fixed: Fixed, values: Sequence[Any]) -> None:
         have = [*fixed.values, *values]
         pointers = fixed.pointers + _pointers(values)
         stream = None
-        for function, args, places in self._calls:
+        for bound, args, places in self._calls:
             args = args.copy()
             result = None
-            if isinstance(function, _Bound):
+            if bound is not None:
                 for place, number in places:
                     args[place] = pointers[number]
                 stream = _current_stream() if stream is None else stream
-                function.launch(stream, args)
+                bound.launch(stream, args)
             else:
                 for place, number in places:
                     args[place] = have[number]
-                result = function(*args)
+                function, *given = args
+                result = function(*given)
             have.append(result)
             pointers += _pointers((result,))
 

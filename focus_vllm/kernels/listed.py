@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from focus_vllm.kernels.attention import Sequences
 from focus_vllm.kernels.launch import Launcher
 from focus_vllm.kernels.near import LOG2_E, Scores, capped, go_on_with_softmax
 
@@ -186,27 +187,21 @@ class ListedAttention:
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
         out: torch.Tensor,
-        block_table: torch.Tensor,
-        table_rows: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor,
-        seqused_k: torch.Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        causal: bool,
+        sequences: Sequences,
     ) -> torch.Tensor:
-        assert max_seqlen_q == 1
-        assert table_rows is None
+        assert sequences.max_seqlen_q == 1
+        assert sequences.table_rows is None
         (num_queries, num_heads, head_size), num_kv_heads = query.shape, keys.shape[2]
         partial = Partial.of(query.device, self.most_queries, num_heads, num_kv_heads, head_size)
         lse = torch.empty(num_heads, num_queries, device=query.device)
         splits, scores, group = _splits(num_queries * num_kv_heads), self.scores, num_heads // num_kv_heads
+        lists = sequences.block_table
         _launch_decode(
             (num_queries, num_kv_heads, splits),
             query, query.stride(0), out, out.stride(0), lse, lse.stride(0),
             keys, values, keys.stride(0), keys.stride(2),
-            block_table, block_table.stride(0), seqused_k, splits,
+            lists, lists.stride(0), sequences.seqused_k, splits,
             partial.out, partial.lse, partial.done, scores.q_scale, scores.k_scale, scores.v_scale,
             0 if scores.q_scale is None or scores.q_scale.numel() == 1 else 1, scores.scale, scores.softcap,
             num_queries_per_kv=group, padded_queries=triton.next_power_of_2(group),

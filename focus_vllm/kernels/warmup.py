@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from focus_vllm.kernels.attention import (
     DecodeScratch,
     FlashAttention,
     PrefillScratch,
+    Sequences,
     decode_attention,
     prefill_attention,
 )
@@ -26,7 +26,9 @@ from focus_vllm.routing import mask_dtype
 QUERIES = 64
 
 
-def _no_attention(query: torch.Tensor, *_: Any, out: torch.Tensor, **__: Any) -> torch.Tensor:
+def _no_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor, sequences: Sequences
+) -> torch.Tensor:
     out.zero_()
     return torch.zeros(query.shape[1], len(query), device=query.device)
 
