@@ -217,6 +217,7 @@ SHAPES = {
     "gqa": {"num_heads": 4, "num_kv_heads": 2, "head_size": 64},
     "mha": {"num_heads": 2, "num_kv_heads": 2, "head_size": 32},
     "mqa": {"num_heads": 3, "num_kv_heads": 1, "head_size": 96},
+    "more heads than rows": {"num_heads": 71, "num_kv_heads": 1, "head_size": 32},
     "wide": {"num_heads": 2, "num_kv_heads": 1, "head_size": 256},
 }
 GROUPS = {

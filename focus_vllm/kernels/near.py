@@ -378,7 +378,8 @@ def near_and_merge(
         sink_block=0 if config.sink == 0 else max(16, triton.next_power_of_2(config.sink)),
         penalty=-60000.0 if out.dtype == torch.float16 else -1e30,
         has_softcap=scores.softcap > 0, quantized=scores.q_scale is not None, bits=bits,
-        fields=FIELDS, tile=near_tile(num_heads // num_kv_heads), block_m=BLOCK_M,
+        fields=FIELDS, tile=near_tile(num_heads // num_kv_heads),
+        block_m=max(BLOCK_M, triton.next_power_of_2(num_heads // num_kv_heads)),
         block_n=BLOCK_N if padded_size <= 128 else BLOCK_N // 2,
         log2_e=LOG2_E, num_warps=WARPS, num_stages=STAGES if padded_size <= 128 else 2,
     )  # fmt: skip
