@@ -9,6 +9,7 @@ import torch
 
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.attention import Sequences
+from focus_vllm.kernels.launch import repeatable
 from focus_vllm.kernels.near import Cache, Scores
 from focus_vllm.kernels.plan import SeparateQueries
 from focus_vllm.reference import decode_mask, focus_mask, masked_attention
@@ -22,6 +23,7 @@ class SlowFlashAttention:
         self.scores = scores
         self.least_page = least_page
 
+    @repeatable
     def __call__(
         self,
         query: torch.Tensor,

@@ -249,12 +249,14 @@ TURNS = {"seq_lens": [30, 700, 400, 163], "query_lens": [1, 1, 20, 51]}
 
 @pytest.mark.parametrize("kind", ["1/1", "1/2", "2/2", "own queries"])
 @pytest.mark.usefixtures("stand_ins")
-def test_short_turns_are_served_like_decodes(backend, kind):
+def test_short_turns_are_served_like_decodes(backend, monkeypatch, kind):
+    monkeypatch.setattr(backend, "FlashAttention3", None)
     config = settings("1/1" if kind == "own queries" else kind, dense_below=100)
     batch = batch_of(SeparateQueries.of(config) if kind == "own queries" else config, **TURNS)
     slots, stored = new_slots(batch), batch.store.clone()
     capacity = layer_of(backend, batch, slots).scratch_capacity()
     focus = metadata_of(backend, batch, batch.config, slots, capacity).focus
+    assert focus.short_turns
     assert (focus.num_decodes, focus.num_decode_tokens, focus.waves, focus.dense) == (4, 73, [], None)
     batch.store.copy_(stored)
     out, counts = forward(backend, batch)
@@ -282,6 +284,7 @@ def test_turns_that_lists_would_not_serve_well_are_prefills(backend, monkeypatch
     capacity = layer.scratch_capacity()
     focus = metadata_of(backend, batch, batch.config, slots, capacity).focus
     assert focus.waves
+    assert not focus.short_turns
     assert focus.num_decodes == lengths["query_lens"].count(1)
     if why == "many keys":
         assert capacity.listed_keys == keys - 1
@@ -294,6 +297,7 @@ def test_a_batch_without_drafts_is_not_taken_apart(backend):
     capacity = layer_of(backend, batch, slots).scratch_capacity()
     focus = metadata_of(backend, batch, batch.config, slots, capacity, most_drafts=3).focus
     assert focus.query_start_loc is None
+    assert not focus.short_turns, "full CUDA graphs are stock vLLM's below dense_below"
     assert (focus.num_decodes, focus.num_decode_tokens) == (3, 3)
     batch = batch_of(settings("1/1", dense_below=100), seq_lens=[30, 700], query_lens=[1, 3])
     focus = metadata_of(backend, batch, batch.config, new_slots(batch), capacity, most_drafts=3).focus
@@ -466,9 +470,12 @@ def assert_scaled(batch: PagedBatch, out: torch.Tensor, score_scale: float, valu
         assert (got - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.usefixtures("stand_ins")
-def test_every_layer_of_a_step_follows_the_definition_with_its_own_tensors(backend):
+def test_every_layer_of_a_step_follows_the_definition_with_its_own_tensors(backend, turn):
     lengths = {"seq_lens": [200, 300, 190], "query_lens": [1, 40, 150]}
+    if turn:
+        lengths = {"seq_lens": [200, 300], "query_lens": [1, 40]}
     batch = batch_of(settings("1/1", dense_below=100), "gqa", torch.float8_e4m3fn, **lengths)
     slots = new_slots(batch)
     capacity = layer_of(
@@ -481,14 +488,14 @@ def test_every_layer_of_a_step_follows_the_definition_with_its_own_tensors(backe
         )
         out, counts = forward(backend, batch, layer, metadata=metadata, kv_cache_dtype="fp8")
         assert_scaled(batch, out, q_scale * k_scale, v_scale)
-        assert counts == pairs_by_phase(batch)
+        assert counts == pairs_by_phase(batch, most_drafts=39 if turn else 0)
         # The next layer's keys are elsewhere, and its tokens in other groups.
         batch = dataclasses.replace(batch, query=batch.query.clone(), cache=batch.cache.clone())
         old, last = batch.store.int(), batch.config.num_groups - 1
         groups = (old << 1 & (2 << last) - 1 | old >> last).to(batch.store.dtype)
         batch = dataclasses.replace(batch, store=groups, query_groups=groups[slots])
     repeated = metadata.focus.decode, metadata.focus.prefill
-    assert [len(launches._known) for launches in repeated] == [1, 1], "launches were repeated"
+    assert [len(launches._known) for launches in repeated] == [1, 1 - turn], "launches were repeated"
 
 
 @pytest.mark.usefixtures("stand_ins")

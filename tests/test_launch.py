@@ -17,7 +17,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from focus_vllm.kernels import launch as launch_module
-from focus_vllm.kernels.launch import Fixed, Launcher, Repeated, call
+from focus_vllm.kernels.launch import Fixed, Launcher, Repeated, repeatable
 
 FLOATS = torch.zeros(64)
 BYTES = torch.zeros(64, dtype=torch.uint8)
@@ -122,6 +122,7 @@ def test_launches_are_repeated_with_other_values_and_with_what_calls_return() ->
     class Attention:
         scale: float
 
+        @repeatable
         def __call__(self, keys: torch.Tensor, factor: float) -> torch.Tensor:
             launch((9,), keys, keys, 0, 0, first=0, second=0)  # of its own, not to be repeated beside it
             results.append(keys * factor * self.scale)
@@ -133,7 +134,7 @@ def test_launches_are_repeated_with_other_values_and_with_what_calls_return() ->
         def launches() -> None:
             begun.append(keys)
             launch((1,), keys, scratch, 3, 3, first=1, second=2)
-            result = call(attention, keys, factor)
+            result = attention(keys, factor)
             launch((2,), result, none, 3, 3, first=1, second=2)
 
         repeated(Fixed(keys), (factor, attention, none), launches)
@@ -163,11 +164,12 @@ def test_launches_are_repeated_with_other_values_and_with_what_calls_return() ->
 @pytest.mark.usefixtures("stream")
 def test_what_uses_views_is_not_repeated() -> None:
     recorder, repeated, sums = Recorder(), Repeated(), []
+    add, stack = repeatable(torch.sum), repeatable(torch.stack)
     launch, tensors = Launcher(recorder), [torch.zeros(8), torch.ones(8)]
     for keys in tensors:
         repeated(Fixed(), [keys], lambda keys=keys: launch((1,), keys, keys[4:], 3, 3, first=1, second=2))
-        repeated(Fixed(keys), [1], lambda keys=keys: sums.append(call(torch.sum, keys[4:])))
-        repeated(Fixed(keys), [2], lambda keys=keys: sums.append(call(torch.stack, (keys, keys[:4])[1:])))
+        repeated(Fixed(keys), [1], lambda keys=keys: sums.append(add(keys[4:])))
+        repeated(Fixed(keys), [2], lambda keys=keys: sums.append(stack((keys[:4],))))
     launches = [note[10:12] for note in recorder.noted if note[0] != "compiled"]
     assert launches == [(keys.data_ptr(), keys[4:].data_ptr()) for keys in tensors]
     assert [float(result.sum()) for result in sums] == [0, 0, 4, 4]

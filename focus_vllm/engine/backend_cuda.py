@@ -206,6 +206,9 @@ class FocusBatch:
     first_decode: torch.Tensor
     """`[max_num_reqs + 1]`, int32: 0, 1, 2, ..."""
     progress: Progress
+    short_turns: bool = False
+    """Prefills are served like decodes, by our own kernel: one launch, where FlashAttention makes several and
+    takes its time to begin. No full CUDA graph has them."""
     decode: Repeated = dataclasses.field(default_factory=Repeated)
     """What every layer launches for decodes."""
     prefill: Repeated = dataclasses.field(default_factory=Repeated)
@@ -301,11 +304,12 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         capacity = self.capacity
         assert capacity is not None
         chunks = _prefill_chunks(common, num_decodes) if num_prefills else []
-        if _few_queries(chunks, config, capacity, common.num_actual_tokens):
+        short_turns = _few_queries(chunks, config, capacity, common.num_actual_tokens)
+        if short_turns:
             num_decodes, chunks = common.num_reqs, []
         decodes = config, num_decodes, *_decode_queries(common, num_decodes)
         if not chunks:
-            return FocusBatch(*decodes, None, [], self.first_decode, self.progress)
+            return FocusBatch(*decodes, None, [], self.first_decode, self.progress, short_turns)
         waves = plan_waves(
             [routed for chunk in chunks if (routed := chunk.routed(config.dense_below))],
             config,
@@ -373,7 +377,8 @@ def _few_queries(chunks: list[Chunk], config: FocusConfig, capacity: Capacity, n
     """
     keys = sum((chunk.end - chunk.begin) * expected_keys(config, chunk.end) for chunk in chunks)
     return (
-        keys <= capacity.listed_keys
+        bool(chunks)
+        and keys <= capacity.listed_keys
         and num_tokens <= capacity.decode_rows
         and all(
             chunk.begin >= config.dense_below  # what is dense is left to the stock call
@@ -402,6 +407,10 @@ class LayerTensors:
 
 def _first(count: int, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.shape[0] == count else tensor[:count]
+
+
+def _values(scores: Scores) -> tuple[float | torch.Tensor | None, ...]:
+    return scores.scale, scores.softcap, scores.q_scale, scores.k_scale, scores.v_scale
 
 
 class FocusFlashAttentionImpl(FlashAttentionImpl):
@@ -632,14 +641,8 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         )
         return in_pages if gather is None else GatheredAttention(in_pages, gather)
 
-    def _listed_attention(
-        self, scores: Scores, num_splits: int, scheduler_metadata: torch.Tensor | None
-    ) -> FlashAttention:
-        return self._own_attention(scores) or FlashAttention3(scores, num_splits, scheduler_metadata)
-
-    def _own_attention(self, scores: Scores) -> ListedAttention | None:
-        capacity = self.scratch_capacity()
-        return ListedAttention(scores, capacity.decode_rows) if any(capacity.gather) else None
+    def _own_attention(self, scores: Scores) -> ListedAttention:
+        return ListedAttention(scores, self.scratch_capacity().decode_rows)
 
     def _tensors(self, focus: LayerFocus, kv_cache: torch.Tensor) -> LayerTensors:
         known = self.tensors
@@ -713,12 +716,16 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
         if listed:
             rejoin(query.device, Beside.LISTS)
         capacity = self.scratch_capacity()
-        # A schedule is for so many sequences, and of any lengths only if the most splits are given.
         one_call = batch.num_decode_tokens <= capacity.decode_rows
-        one_query_each = _decodes_alone(batch) and batch.query_start_loc is None
-        given = one_call and one_query_each and metadata.max_num_splits > 1
-        schedule = metadata.scheduler_metadata if given else None
-        attention = self._listed_attention(scores, metadata.max_num_splits, schedule)
+        attention: FlashAttention
+        if batch.short_turns or any(capacity.gather):
+            attention = self._own_attention(scores)
+        else:
+            # A schedule is for so many sequences, and of any lengths only if the most splits are given.
+            one_query_each = _decodes_alone(batch) and batch.query_start_loc is None
+            given = one_call and one_query_each and metadata.max_num_splits > 1
+            schedule = metadata.scheduler_metadata if given else None
+            attention = FlashAttention3(scores, metadata.max_num_splits, schedule)
 
         def launch() -> None:
             decode_attention(
@@ -739,7 +746,7 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
             )
 
         if one_call:
-            batch.decode(tensors.fixed, (query, output, attention, listed), launch)
+            batch.decode(tensors.fixed, (query, output, *_values(scores), attention, listed), launch)
         else:
             launch()
 
@@ -775,5 +782,4 @@ class FocusFlashAttentionImpl(FlashAttentionImpl):
                 tensors.totals,
             )
 
-        scaled = scores.scale, scores.softcap, scores.q_scale, scores.k_scale, scores.v_scale
-        batch.prefill(tensors.fixed, (query, output, *scaled, attention), launch)
+        batch.prefill(tensors.fixed, (query, output, *_values(scores), attention), launch)

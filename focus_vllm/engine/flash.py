@@ -8,6 +8,7 @@ import torch
 from vllm import vllm_flash_attn  # loads the operators
 
 from focus_vllm.kernels.attention import Sequences
+from focus_vllm.kernels.launch import repeatable
 from focus_vllm.kernels.near import Scores
 
 
@@ -23,6 +24,7 @@ class FlashAttention3:
     cut and in which order they are taken, not how long they are, so it serves lists too: they differ from
     layer to layer, and FlashAttention's own preparation would be a launch in each."""
 
+    @repeatable
     def __call__(
         self,
         query: torch.Tensor,
@@ -84,6 +86,7 @@ class FlashAttention2:
 
     scores: Scores
 
+    @repeatable
     def __call__(
         self,
         query: torch.Tensor,

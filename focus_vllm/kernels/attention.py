@@ -15,7 +15,6 @@ import torch
 from focus_vllm.config import FocusConfig
 from focus_vllm.kernels.decode_lists import Progress, build_decode_lists
 from focus_vllm.kernels.group_lists import build_group_lists, sort_queries
-from focus_vllm.kernels.launch import call
 from focus_vllm.kernels.near import Cache, NearKeys, Scores, near_and_merge
 from focus_vllm.kernels.plan import Far, PrefillPlan, far_mode
 from focus_vllm.kernels.tally import tally_prefill
@@ -41,7 +40,10 @@ class Sequences(NamedTuple):
 
 
 class FlashAttention(Protocol):
-    """Variable-length attention over paged keys and values."""
+    """Variable-length attention over paged keys and values.
+
+    It launches by `Launcher`, or is `repeatable` as a whole.
+    """
 
     def __call__(
         self,
@@ -136,7 +138,7 @@ def prefill_attention(
                 lists.slots, table_rows, lists.cu_seqlens_q, lists.seqused_k,
                 plan.max_queries, plan.max_keys, causal=mode is Far.GROUP,
             )  # fmt: skip
-            lse = call(attention, sorted_query, cache.keys, cache.values, far_out, sequences)
+            lse = attention(sorted_query, cache.keys, cache.values, far_out, sequences)
             far = (far_out, lse, lists.row_of)
         tally_prefill(plan, query_groups, store, cache.block_table, cache.block_size, config, lists, totals)
         near_and_merge(plan, query, out, query_groups, store, cache, config, scores, far, scratch.near)
@@ -202,7 +204,7 @@ def decode_attention(
             )
         starts = scratch.cu_seqlens_q[: count + 1]
         sequences = Sequences(lists, None, starts, list_lens, 1, max_model_len, causal=True)
-        call(attention, _part(query, part), cache.keys, cache.values, _part(out, part), sequences)
+        attention(_part(query, part), cache.keys, cache.values, _part(out, part), sequences)
 
 
 def _part(tensor: torch.Tensor, part: slice | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from focus_vllm.kernels.attention import FlashAttention, Sequences
-from focus_vllm.kernels.launch import Launcher
+from focus_vllm.kernels.launch import Launcher, repeatable
 
 PAGE = 16
 
@@ -65,6 +65,7 @@ class GatheredAttention:
     attention: FlashAttention
     scratch: GatherScratch
 
+    @repeatable
     def __call__(
         self,
         query: torch.Tensor,

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from triton.runtime import KernelInterface, driver
 from triton.runtime.jit import JITFunction
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _remembering: _Calls | None = None
 
@@ -40,9 +43,9 @@ class Repeated:
         Args:
             fixed: Whatever differs between layers but not between steps.
             values: Whatever else differs between layers: tensors, which may be others of the same dtype,
-                shape, strides and alignment, numbers, and objects that `call` passes on.
-            launch: Does it all by `Launcher` and `call`, with the values themselves: it is not repeated if it
-                uses views of them, which could not be replaced.
+                shape, strides and alignment, numbers, and objects that `repeatable` functions take.
+            launch: Does it all by `Launcher` and `repeatable` functions, with the values themselves: it is
+                not repeated if it uses views of them, which could not be replaced.
         """
         global _remembering
         kind = fixed.kinds, *map(_kind, values)
@@ -64,38 +67,38 @@ class Repeated:
             self._known[kind] = calls
 
 
-def call(function: Callable[..., Any], *args: Any) -> Any:
-    """Call, and again where `Repeated` repeats.
+def repeatable(function: Callable[P, R]) -> Callable[P, R]:
+    """Have `Repeated` call a function again, which launches otherwise than by `Launcher`.
 
-    Args:
-        function: What launches something; may be one of the values.
-        args: Its arguments.
-
-    Returns:
-        What it returns, which calls to come may be given.
+    Its arguments are given in order, without names. Launches to come may be given what it returns.
     """
-    global _remembering
-    calls, _remembering = _remembering, None
-    try:
-        result = function(*args)
-    finally:
-        _remembering = calls
-    if calls is not None:
-        calls.add(None, (function, *args), result)
-    return result
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        global _remembering
+        calls, _remembering = _remembering, None
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            _remembering = calls
+        if calls is not None:
+            assert not kwargs
+            calls.add(function, args, result)
+        return result
+
+    return call
 
 
 class _Calls:
     def __init__(self, values: Sequence[Any]) -> None:
-        self._calls: list[tuple[_Bound | None, list[Any], list[tuple[int, int]]]] = []
+        self._calls: list[tuple[Callable[..., Any] | _Bound, list[Any], list[tuple[int, int]]]] = []
         self._numbers = {id(value): number for number, value in enumerate(values) if value is not None}
         self._num_values = len(values)
         self._storages = {_storage(value) for value in values if isinstance(value, torch.Tensor)}
         self._alive: list[Any] = []
         self.views = False
 
-    def add(self, bound: _Bound | None, args: tuple[Any, ...], result: Any) -> None:
-        """Without a binary the first argument is what to call, and may be a value too."""
+    def add(self, function: Callable[..., Any] | _Bound, args: tuple[Any, ...], result: Any) -> None:
         places, kept = [], []
         for place, arg in enumerate(args):
             number = self._numbers.get(id(arg))
@@ -106,7 +109,7 @@ class _Calls:
                 self.views = True
             kept.append(arg)
         self._alive.append(kept)
-        self._calls.append((bound, kept if bound is None else _pointers(kept), places))
+        self._calls.append((function, _pointers(kept) if isinstance(function, _Bound) else kept, places))
         if result is not None:
             self._alive.append(result)  # whose number must stay its own
             self._numbers[id(result)] = self._num_values + len(self._calls) - 1
@@ -120,19 +123,18 @@ class _Calls:
         have = [*fixed.values, *values]
         pointers = fixed.pointers + _pointers(values)
         stream = None
-        for bound, args, places in self._calls:
+        for function, args, places in self._calls:
             args = args.copy()
             result = None
-            if bound is not None:
+            if isinstance(function, _Bound):
                 for place, number in places:
                     args[place] = pointers[number]
                 stream = _current_stream() if stream is None else stream
-                bound.launch(stream, args)
+                function.launch(stream, args)
             else:
                 for place, number in places:
                     args[place] = have[number]
-                function, *given = args
-                result = function(*given)
+                result = function(*args)
             have.append(result)
             pointers += _pointers((result,))
 
@@ -204,7 +206,7 @@ class Launcher:
             constants: The kernel's.
         """
         if not isinstance(self._kernel, JITFunction):
-            call(functools.partial(self._kernel[grid], **constants), *args)
+            repeatable(functools.partial(self._kernel[grid], **constants))(*args)
             return
         values = tuple(constants[name] for name in self._constants)
         key = self.key(args, values, num_warps, num_stages, launch_pdl)
