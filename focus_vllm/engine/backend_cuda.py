@@ -82,12 +82,11 @@ PREFILL_LIST_BYTES = 64 * 2**20
 """What prefill lists take at least: with 8 groups, chunks of requests of 2M tokens together in one wave."""
 LISTED_QUERIES = 128
 """Queries that have room for lists of their own however few requests there may be."""
-LISTED_BYTES = 2**30
+LISTED_BYTES = 5 * 2**28
 """Keys and values, counted for every query that lists them, up to which prefills are served like decodes.
 
-H200s, 2026-11-26, 8B's shape: behind 8,192 tokens 128 queries, 0.8 GB, take 8 ms less like that. 64 behind
-32,768, 1.2 GB, take as long or 2 ms longer, as the host may be that launches what prefill needs; 128, 2.4 GB,
-take 6 ms longer.
+One H200, 2026-11-26, 8B's shape: 64 queries behind 32,768 tokens, 1.2 GB, take 27.1 ms like that and 29.9
+with prefill's launches; 256 behind 8,192, 1.6 GB, 23.8 and 22.2; 64 behind 131,072, 4.5 GB, 97 and 89.
 """
 
 
