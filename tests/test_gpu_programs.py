@@ -228,8 +228,9 @@ def test_the_next_turn_is_profiled_behind_its_cached_prompt(tmp_path, monkeypatc
     assert rows["2x30~9@prefill"] == {"kernels": [row]}
 
 
-def test_no_case_is_started_when_the_time_is_over(tmp_path, monkeypatch, fake_engines):
+def test_no_case_is_started_when_the_time_is_over(tmp_path, monkeypatch, capsys, fake_engines):
     output = tmp_path / "engine.json"
     monkeypatch.setattr(sys, "argv", ["engine", "--shape", "tiny", "--output", str(output), "--limit", "0"])
     engine.main()
     assert json.loads(output.read_text())["rows"] == []
+    assert "is not measured: time is over, 0 s of it for the start; raise --limit" in capsys.readouterr().err
