@@ -1,5 +1,6 @@
-"""Decode's attention over lists in one launch, where FlashAttention cannot read pages of one slot.
+"""Attention of single queries over lists in one launch.
 
+For short turns, which wait for the host, and for decode where FlashAttention cannot read pages of one slot.
 A list is divided among programs, each of which reads its share of the listed keys in place. The one that is
 done last puts together what all have found.
 """
