@@ -5,9 +5,9 @@ built on the device, or without FlashAttention 3 one launch of our own, so batch
 full CUDA graphs. Where a decode has several queries, as with speculative decoding, each of them is a sequence
 of its own, of a length that the device finds.
 Prefill chunks are cut at `dense_below`: queries before it go through the stock call, the rest through
-`prefill_attention`, or like decodes where they are so few that launching all that would take longer. A batch
-whose requests are all shorter than `dense_below` is stock vLLM's, bit by bit, save that without
-FlashAttention 3 decodes in full CUDA graphs are our own kernel's.
+`prefill_attention`. Where they are so few that launching all that would take longer, the whole batch is
+served like decodes, by our own launch. A batch whose requests are all shorter than `dense_below` is stock
+vLLM's, bit by bit, save that without FlashAttention 3 decodes in full CUDA graphs are our own kernel's.
 """
 
 from __future__ import annotations
