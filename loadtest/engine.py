@@ -12,7 +12,8 @@ conversation's next turn: the median time to the first token of five of so many 
 prompt, which is cached. BATCHxPROMPT@prefill and @decode are profiles: the kernels of the prompt's last
 chunk, or of one decode step. BATCHxPROMPT@host is what Python does: the median time to the first token of
 prompts that are not cached, and the functions that took most. BATCHxPROMPT~TOKENS@prefill and @host are the
-next turn's.
+next turn's. BATCHxPROMPT+TOKENS@host is that of decode: the median time per output token of twenty
+continuations of a cached prompt by so many tokens, and what Python's functions take a token.
 
 The model has random weights of the shape named, and routers whose folded rows are orthogonal and of one
 length, so that groups are balanced by symmetry; the output says how well. Speed is what a trained model would
@@ -86,7 +87,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """Read BATCHxPROMPT, BATCHxPROMPT+TOKENS, BATCHxPROMPT~TOKENS, BATCHxPROMPT@PHASE or the last two.
+        """Read BATCHxPROMPT, with +TOKENS or ~TOKENS, and @PHASE.
 
         Raises:
             ValueError: It is none of them.
@@ -95,14 +96,14 @@ class Case:
         if turn is not None:
             batch, prompt, more, profile = turn.groups()
             return cls(int(batch), int(prompt), 0, profile or "", int(more))
-        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)|@(prefill|decode|host))?", text)
+        match = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+)(?:@(host))?|@(prefill|decode|host))?", text)
         if match is None:
             raise ValueError(
-                f"a case is {text!r}, expected 1x4096, 32x32768+256, 1x4096~256, 1x4096@decode "
-                "or 1x4096~256@host"
+                f"a case is {text!r}, expected 1x4096, 32x32768+256, 1x4096~256, 1x4096@decode, "
+                "1x4096+64@host or 1x4096~256@host"
             )
-        batch, prompt, tokens, profile = match.groups()
-        return cls(int(batch), int(prompt), int(tokens or 0), profile or "")
+        batch, prompt, tokens, host, profile = match.groups()
+        return cls(int(batch), int(prompt), int(tokens or 0), host or profile or "")
 
     def __str__(self) -> str:
         tokens = f"+{self.tokens}" if self.tokens else ""
@@ -252,13 +253,17 @@ class Measured:
             return {"seconds": took, "tokens_per_second": case.batch * (case.prompt + case.tokens) / took}
         first, _ = self.generate(prompts, 1)
         accepted = self.accepted()
-        _, outputs = self.generate(prompts, 1 + self.side.output_tokens)
-        accepted = self.accepted() - accepted
         tokens = self.side.output_tokens
-        result = {"ttft": first, "tpot": statistics.fmean(map(decode_seconds, outputs)) / tokens}
+        result = {"ttft": first, "tpot": self.per_token(prompts, tokens)}
+        accepted = self.accepted() - accepted
         if accepted:  # each step gives one more than it accepts
             result["tokens_per_step"] = tokens / (tokens - accepted / case.batch)
         return result
+
+    def per_token(self, prompts: list[list[int]], tokens: int) -> float:
+        """Return the seconds per token of `tokens` after the first, by the clock of vLLM's engine."""
+        _, outputs = self.generate(prompts, 1 + tokens)
+        return statistics.fmean(map(decode_seconds, outputs)) / tokens
 
     def uncached(self, case: Case, count: int) -> list[list[list[int]]]:
         """Return batches of which nothing is cached but, of a case of turns, the prompt before them."""
@@ -278,40 +283,63 @@ class Measured:
         return getattr(counter, "value", 0)
 
     def profile_host(self, case: Case) -> dict[str, Any]:
-        """Return the median time to the first token, and by function the microseconds of a prompt.
+        """Return the median time to the first token, or per output token, and what Python's functions take.
 
-        With them what else may take Python's time: collections of garbage a prompt, by generation, their
-        microseconds, and the names of threads.
+        They have microseconds a prompt, or a token. With them what else may take Python's time: collections
+        of garbage, by generation, their microseconds, and the names of threads.
         """
-        times = [self.generate(prompts, 1)[0] for prompts in self.uncached(case, HOST_PROMPTS)]
-        batches = self.uncached(case, HOST_PROMPTS)
-        recording, before = cProfile.Profile(), [stats["collections"] for stats in gc.get_stats()]
+        count = HOST_PROMPTS * max(case.tokens, 1)
+        spent: dict[tuple[str, int, str], tuple[int, float]] = {}
+        if case.tokens:
+            self.llm.reset_prefix_cache()
+            batches = [self.prompts_of(case.batch, case.prompt, 7_000_000)] * HOST_PROMPTS
+            self.generate(batches[0], 1)
+            times = {"tpot": statistics.median(self.per_token(prompts, case.tokens) for prompts in batches)}
+            spent = self.python_of(batches, 1)  # with the first token: what is left are steps
+        else:
+            times = {
+                "ttft": statistics.median(
+                    self.generate(prompts, 1)[0] for prompts in self.uncached(case, HOST_PROMPTS)
+                )
+            }
+            batches = self.uncached(case, HOST_PROMPTS)
+        before = [stats["collections"] for stats in gc.get_stats()]
         collecting = {"start": 0.0, "stop": 0.0}
 
         def watch(phase: str, _: dict[str, int]) -> None:
             collecting[phase] += time.perf_counter()
 
         gc.callbacks.append(watch)
-        for prompts in batches:
-            recording.runcall(self.generate, prompts, 1)
+        recorded = self.python_of(batches, 1 + case.tokens)
         gc.callbacks.remove(watch)
         after = [stats["collections"] for stats in gc.get_stats()]
-        functions = [
-            {
-                "kernel": f"{Path(file).name}:{line} {name}",
-                "launches": calls / HOST_PROMPTS,
-                "us": 1e6 * own / HOST_PROMPTS,
-            }
-            for (file, line, name), (_, calls, own, _, _) in pstats.Stats(recording).stats.items()  # type: ignore[attr-defined]
-        ]
+        functions: list[dict[str, Any]] = []
+        for function, (calls, own) in recorded.items():
+            (file, line, name), (first_calls, first) = function, spent.get(function, (0, 0.0))
+            functions.append(
+                {
+                    "kernel": f"{Path(file).name}:{line} {name}",
+                    "launches": (calls - first_calls) / count,
+                    "us": 1e6 * (own - first) / count,
+                }
+            )
         functions.sort(key=lambda function: -function["us"])
-        return {
-            "ttft": statistics.median(times),
-            "collections": [(end - start) / HOST_PROMPTS for start, end in zip(before, after, strict=True)],
-            "collecting_us": 1e6 * (collecting["stop"] - collecting["start"]) / HOST_PROMPTS,
+        return times | {
+            "collections": [(end - start) / count for start, end in zip(before, after, strict=True)],
+            "collecting_us": 1e6 * (collecting["stop"] - collecting["start"]) / count,
             "threads": sorted(thread.name for thread in threading.enumerate()),
             "kernels": functions[:60],
         }
+
+    def python_of(
+        self, batches: list[list[list[int]]], tokens: int
+    ) -> dict[tuple[str, int, str], tuple[int, float]]:
+        """Return calls and own seconds of every function while batches get `tokens` tokens, one by one."""
+        recording = cProfile.Profile()
+        for prompts in batches:
+            recording.runcall(self.generate, prompts, tokens)
+        stats = pstats.Stats(recording).stats  # type: ignore[attr-defined]
+        return {function: (calls, own) for function, (_, calls, own, _, _) in stats.items()}
 
     def profile(self, case: Case, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """Return the kernels of the prompts' last chunk, or of one decode step, with microseconds."""
@@ -411,7 +439,7 @@ def compare(sides: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for text in [*stock, *(text for text in focus if text not in stock)]:
         case = Case.parse(text)
-        if case.profile:
+        if case.profile in ("prefill", "decode"):
             continue
         dense, ours = stock.get(text, {}), focus.get(text, {})
         row: dict[str, Any] = {"case": text, "batch": case.batch, "prompt": case.prompt}

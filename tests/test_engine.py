@@ -177,6 +177,25 @@ def test_an_engine_without_an_adapter_is_stock_vllm():
     assert not AttentionBackendEnum.CPU_ATTN.is_overridden()
 
 
+def test_the_scheduler_looks_for_a_common_prefix_only_without_focus(adapter, monkeypatch):
+    prefixes = {}
+    for name, focus in (("stock", None), ("focus", {"adapter": str(adapter)})):
+        with engine(DEMO, focus, enable_prefix_caching=True) as llm:
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            schedule, found = scheduler.schedule, prefixes.setdefault(name, [])
+
+            def watched(*args, schedule=schedule, found=found, **kwargs):
+                step = schedule(*args, **kwargs)
+                found.append(step.num_common_prefix_blocks)
+                return step
+
+            monkeypatch.setattr(scheduler, "schedule", watched)
+            generate(llm, [prompt(300)], max_tokens=3)
+    assert prefixes["stock"][0][0] > 1, "all blocks of the only request"
+    assert len(prefixes["focus"]) >= 3
+    assert set(map(tuple, prefixes["focus"])) == {(0,)}
+
+
 def test_an_adapter_that_says_nothing_of_a_layer_is_refused(tmp_path):
     from focus_vllm.engine.settings import FocusUnsupportedError
 

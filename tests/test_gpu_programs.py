@@ -30,7 +30,7 @@ def test_a_case_is_read_as_it_is_written(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["4096", "1x", "1x2@both", "1x2+", "1x2~", "1x2~3@decode", "1x2+3@host", "x"]
+    "text", ["4096", "1x", "1x2@both", "1x2+", "1x2~", "1x2~3@decode", "1x2+3@decode", "x"]
 )
 def test_another_case_is_refused(text):
     with pytest.raises(ValueError, match="expected 1x4096"):
@@ -210,6 +210,21 @@ def test_what_python_does_is_counted_by_prompt(tmp_path, monkeypatch, fake_engin
     assert generate["launches"] == 1
     assert len(row["collections"]) == 3
     assert "MainThread" in row["threads"]
+
+
+def test_what_python_does_is_counted_by_output_token(tmp_path, monkeypatch, fake_engines):
+    output = tmp_path / "engine.json"
+    command = ["engine", "--shape", "tiny", "--output", str(output), "--cases", "1x30+8@host"]
+    monkeypatch.setattr(sys, "argv", command)
+    engine.main()
+    again = [30] * engine.HOST_PROMPTS
+    assert fake_engines[0].prompts[2:] == [0, 30, *3 * again], "the prompt stays cached"
+    written = json.loads(output.read_text())
+    assert written["rows"][0]["tpot_ratio"] == pytest.approx(1)
+    row = written["sides"]["focus"]["rows"]["1x30+8@host"]
+    assert row["tpot"] == pytest.approx(0.01)
+    calls = {line["kernel"].split(" ", 1)[1]: line["launches"] for line in row["kernels"]}
+    assert calls["generate"] == 0, "what a request takes is not a step's"
 
 
 def test_the_next_turn_is_profiled_behind_its_cached_prompt(tmp_path, monkeypatch, fake_engines):

@@ -281,13 +281,14 @@ class FocusFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> FocusFlashAttentionMetadata:
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        fields = {field.name: getattr(stock, field.name) for field in dataclasses.fields(stock)}
         focus, dense_pairs = self._split(common_attn_metadata), (0, 0)
         if self.focus_config is not None:
             dense_pairs = _dense_pairs(
                 common_attn_metadata, self.focus_config.dense_below, focus, self.reorder_batch_threshold or 1
             )
-        return FocusFlashAttentionMetadata(**fields, focus=focus, dense_pairs=dense_pairs, stores=self.stores)
+        return FocusFlashAttentionMetadata(
+            **vars(stock), focus=focus, dense_pairs=dense_pairs, stores=self.stores
+        )
 
     def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
         return False
@@ -340,12 +341,14 @@ def _dense_pairs(
 ) -> tuple[int, int]:
     if common.seq_lens_cpu_upper_bound is None:
         return 0, 0
+    if focus is not None and focus.num_decodes == common.num_reqs:  # decodes are counted with their lists
+        return 0, 0
     starts = common.query_start_loc_cpu.numpy().astype(np.int64)
     ends = common.seq_lens_cpu_upper_bound.numpy().astype(np.int64)
     queries = starts[1:] - starts[:-1]
     begins, ends = ends - queries, np.minimum(ends, dense_below)
     pairs = np.maximum(ends * (ends + 1) - begins * (begins + 1), 0) // 2
-    if focus is not None:  # decodes are counted with their lists
+    if focus is not None:
         return int(pairs[focus.num_decodes :].sum()), 0
     decodes = queries <= most_decode_queries
     return int(pairs[~decodes].sum()), int(pairs[decodes].sum())

@@ -54,6 +54,7 @@ def register() -> None:
     for loader in (base_loader.BaseModelLoader, tensorizer_loader.TensorizerLoader):
         if not hasattr(loader.load_model, "focus"):
             loader.load_model = _with_focus(loader.load_model)  # type: ignore[method-assign]
+    steps.skip_common_prefixes()
     if shared := int(os.environ.get(steps.VARIABLE, 0)):
         steps.share_steps(shared)
 
