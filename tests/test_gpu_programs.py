@@ -23,7 +23,15 @@ ROW = {"ttft": 4.0, "tpot": 0.02}
 
 @pytest.mark.parametrize(
     "text",
-    ["1x4096", "32x32768+256", "1x32768~512", "1x32768~512@host", "8x131072@decode", "1x262144@prefill"],
+    [
+        "1x4096",
+        "32x32768+256",
+        "1x32768+64@host",
+        "1x32768~512",
+        "1x32768~512@host",
+        "8x131072@decode",
+        "1x262144@prefill",
+    ],
 )
 def test_a_case_is_read_as_it_is_written(text):
     assert str(Case.parse(text)) == text
