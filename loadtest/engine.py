@@ -13,7 +13,7 @@ prompt, which is cached. BATCHxPROMPT@prefill and @decode are profiles: the kern
 chunk, or of one decode step. BATCHxPROMPT@host is what Python does: the median time to the first token of
 prompts that are not cached, and the functions that took most. BATCHxPROMPT~TOKENS@prefill and @host are the
 next turn's. BATCHxPROMPT+TOKENS@host is that of decode: the median time per output token of twenty
-continuations of a cached prompt by so many tokens, and what Python's functions take a token.
+continuations of a cached prompt by so many tokens, and what Python's functions take a step.
 
 The model has random weights of the shape named, and routers whose folded rows are orthogonal and of one
 length, so that groups are balanced by symmetry; the output says how well. Speed is what a trained model would
@@ -285,8 +285,8 @@ class Measured:
     def profile_host(self, case: Case) -> dict[str, Any]:
         """Return the median time to the first token, or per output token, and what Python's functions take.
 
-        They have microseconds a prompt, or a token. With them what else may take Python's time: collections
-        of garbage, by generation, their microseconds, and the names of threads.
+        They have microseconds a prompt, or a decode step. With them what else may take Python's time:
+        collections of garbage, by generation, their microseconds, and the names of threads.
         """
         count = HOST_PROMPTS * max(case.tokens, 1)
         spent: dict[tuple[str, int, str], tuple[int, float]] = {}
@@ -294,14 +294,10 @@ class Measured:
             self.llm.reset_prefix_cache()
             batches = [self.prompts_of(case.batch, case.prompt, 7_000_000)] * HOST_PROMPTS
             self.generate(batches[0], 1)
-            times = {"tpot": statistics.median(self.per_token(prompts, case.tokens) for prompts in batches)}
+            times = [self.per_token(prompts, case.tokens) for prompts in batches]
             spent = self.python_of(batches, 1)  # with the first token: what is left are steps
         else:
-            times = {
-                "ttft": statistics.median(
-                    self.generate(prompts, 1)[0] for prompts in self.uncached(case, HOST_PROMPTS)
-                )
-            }
+            times = [self.generate(prompts, 1)[0] for prompts in self.uncached(case, HOST_PROMPTS)]
             batches = self.uncached(case, HOST_PROMPTS)
         before = [stats["collections"] for stats in gc.get_stats()]
         collecting = {"start": 0.0, "stop": 0.0}
@@ -324,7 +320,8 @@ class Measured:
                 }
             )
         functions.sort(key=lambda function: -function["us"])
-        return times | {
+        return {
+            "tpot" if case.tokens else "ttft": statistics.median(times),
             "collections": [(end - start) / count for start, end in zip(before, after, strict=True)],
             "collecting_us": 1e6 * (collecting["stop"] - collecting["start"]) / count,
             "threads": sorted(thread.name for thread in threading.enumerate()),

@@ -35,6 +35,12 @@ class FocusSettings:
     """The adapter's configuration with the user's overrides."""
 
 
+def focus_option(vllm_config: VllmConfig) -> Any:
+    """Return `additional_config["focus"]` as it was given; None if Focus is off."""
+    extra = vllm_config.additional_config
+    return extra.get("focus") if isinstance(extra, dict) else None
+
+
 def read_settings(vllm_config: VllmConfig) -> FocusSettings | None:
     """Return the Focus settings of an engine, or None if it has none.
 
@@ -43,10 +49,9 @@ def read_settings(vllm_config: VllmConfig) -> FocusSettings | None:
         AdapterError: The adapter file is not usable.
         FileNotFoundError: There is no adapter file.
     """
-    extra = vllm_config.additional_config
-    if not isinstance(extra, dict) or extra.get("focus") is None:
+    values = focus_option(vllm_config)
+    if values is None:
         return None
-    values = extra["focus"]
     if not isinstance(values, dict) or not isinstance(values.get("adapter"), str):
         raise FocusUnsupportedError(
             [f'additional_config["focus"] is {values!r}, expected {{"adapter": "FILE.safetensors"}}']

@@ -45,6 +45,8 @@ def skip_common_prefixes() -> None:
     """
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    from focus_vllm.engine.settings import focus_option
+
     initialize = Scheduler.__init__
     if hasattr(initialize, "focus"):
         return
@@ -52,8 +54,7 @@ def skip_common_prefixes() -> None:
     @functools.wraps(initialize)
     def initialize_without(self: Any, *args: Any, **kwargs: Any) -> None:
         initialize(self, *args, **kwargs)
-        extra = self.vllm_config.additional_config
-        if isinstance(extra, dict) and extra.get("focus") is not None:
+        if focus_option(self.vllm_config) is not None:
             groups = len(self.kv_cache_config.kv_cache_groups)
             self.kv_cache_manager.get_num_common_prefix_blocks = lambda running_request_id: [0] * groups
 
